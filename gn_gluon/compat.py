@@ -1,0 +1,275 @@
+"""Makes MXNet 1.9.1 import on Python 3.8 to 3.12 and numpy 1.24 to 1.26; one clear sentence where it cannot.
+
+Imported before anything else of the package. In order: OMP_NUM_THREADS is set, what is installed is checked,
+what newer numpy and Python took away is put back, CUDA 11 libraries from pip are loaded, MXNet is imported.
+"""
+import builtins
+import collections
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sys
+import warnings
+
+FIRST_PYTHON_WITHOUT_MXNET = (3, 13)  # MXNet 1.9.1 needs numpy 1, whose last wheels are for Python 3.12
+COMPUTE_CAPABILITIES = ((5, 0), (9, 0))  # mxnet-cu112 has code for sm_50 to sm_86; sm_89 runs that of sm_86
+REMOVED_NUMPY_ALIASES = ('bool', 'int', 'float', 'object', 'str', 'complex')
+CPU_INSTEAD = 'pip uninstall -y mxnet-cu112 && pip install mxnet==1.9.1'
+
+CudaLibrary = collections.namedtuple('CudaLibrary', 'file package')
+# In the order of their dependence upon one another; setup.py pins the versions.
+CUDA_LIBRARIES = (
+    CudaLibrary('libcudart.so.11.0', 'nvidia-cuda-runtime-cu11'),
+    CudaLibrary('libnvrtc.so.11.2', 'nvidia-cuda-nvrtc-cu11'),
+    CudaLibrary('libcublasLt.so.11', 'nvidia-cublas-cu11'),
+    CudaLibrary('libcublas.so.11', 'nvidia-cublas-cu11'),
+    CudaLibrary('libcufft.so.10', 'nvidia-cufft-cu11'),
+    CudaLibrary('libcurand.so.10', 'nvidia-curand-cu11'),
+    CudaLibrary('libcusolver.so.11', 'nvidia-cusolver-cu11'),
+    CudaLibrary('libnccl.so.2', 'nvidia-nccl-cu11'),
+    CudaLibrary('libnvToolsExt.so.1', 'nvidia-nvtx-cu11'),
+    CudaLibrary('libcudnn.so.8', 'nvidia-cudnn-cu11'),
+)
+# What libmxnet.so expects of the system: {file: Debian's package}. Slim container images lack them.
+SYSTEM_LIBRARIES = {'libgomp.so.1': 'libgomp1', 'libquadmath.so.0': 'libquadmath0'}
+
+
+# ---------------------------------------------------------------------------------------------- threads
+
+def physical_cores(cpus, sysfs='/sys/devices/system/cpu'):
+    """How many physical cores the logical processors `cpus` make up: hyper-thread siblings count once."""
+    cores = set()
+    for cpu in cpus:
+        siblings = _read(os.path.join(sysfs, f'cpu{cpu}', 'topology', 'thread_siblings_list'))
+        cores.add(siblings or f'cpu{cpu}')
+    return len(cores)
+
+
+def cgroup_cpus(memberships='/proc/self/cgroup', root='/sys/fs/cgroup'):
+    """The processors that this process's control groups allow, the least over the hierarchy (float), or None.
+
+    Reads cgroup v2 (`cpu.max`) and v1 (`cpu.cfs_quota_us`). Inside a container the path in `memberships` may
+    be absent below `root`: its own group is then mounted at the root, which is looked at as well.
+    """
+    quotas = []
+    for line in (_read(memberships) or '').splitlines():
+        number, controllers, path = line.split(':', 2)
+        if number == '0':
+            mounts = [root, os.path.join(root, 'unified')]
+        elif 'cpu' in controllers.split(','):
+            mounts = [os.path.join(root, controllers), os.path.join(root, 'cpu')]
+        else:
+            continue
+        for mount in mounts:
+            quotas += [_quota(os.path.join(mount, folder)) for folder in _with_ancestors(path)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _with_ancestors(path):
+    parts = [part for part in path.split('/') if part]
+    return ['/'.join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+def _quota(folder):
+    limit = _read(os.path.join(folder, 'cpu.max'))
+    if limit is None:
+        files = ('cpu.cfs_quota_us', 'cpu.cfs_period_us')
+        limit = ' '.join(_read(os.path.join(folder, file)) or '' for file in files)
+    numbers = re.fullmatch(r'(\d+) (\d+)', limit)  # 'max 100000' and '-1 100000' are no limit
+    return int(numbers.group(1)) / int(numbers.group(2)) if numbers else None
+
+
+def _read(path):
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return None
+
+
+def usable_cores():
+    """Physical cores that this process may use (affinity and cgroup quota, rounded down), at least 1."""
+    if hasattr(os, 'sched_getaffinity'):
+        cpus = os.sched_getaffinity(0)
+    else:  # macOS
+        cpus = range(os.cpu_count() or 1)
+    quota = cgroup_cpus()
+    cores = physical_cores(cpus)
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def set_threads(environ, cores, loaded=False):
+    """Set OMP_NUM_THREADS in `environ` to `cores` unless the user chose; returns who chose, in words.
+
+    Without it MXNet takes half of the processors it sees. `loaded`: MXNet is there already and has decided.
+    """
+    for name in ('OMP_NUM_THREADS', 'MXNET_OMP_MAX_THREADS'):
+        if environ.get(name):
+            return f'the environment ({name})'
+    if loaded:
+        return 'MXNet itself, since it was imported before gn_gluon'
+    environ['OMP_NUM_THREADS'] = str(cores)
+    return 'gn_gluon: the physical cores that this process may use'
+
+
+# ---------------------------------------------------------------------------- what is installed, and fits
+
+def python_problem(version):
+    """None, or the sentence for a Python `version` (a tuple) that is too new for MXNet."""
+    if tuple(version[:2]) < FIRST_PYTHON_WITHOUT_MXNET:
+        return None
+    return (f'this is Python {version[0]}.{version[1]}, but MXNet 1.9.1 needs Python 3.8 to 3.12; '
+            'get one with: uv venv --python 3.12')
+
+
+def numpy_problem(version):
+    """None, or the sentence for a numpy `version` (a string) that is too new for MXNet."""
+    if int(version.split('.')[0]) < 2:
+        return None
+    return f"numpy {version} is installed, but MXNet 1.9.1 needs numpy 1: pip install 'numpy<2'"
+
+
+def gpu_problem(capabilities):
+    """None, or the sentence for a GPU of `capabilities` ((major, minor) each) without code in mxnet-cu112."""
+    for index, capability in enumerate(capabilities):
+        if not COMPUTE_CAPABILITIES[0] <= capability < COMPUTE_CAPABILITIES[1]:
+            return (f'GPU {index} is an sm_{capability[0]}{capability[1]}, but mxnet-cu112 1.9.1 has code '
+                    "for sm_50 to sm_86 only; hide it with CUDA_VISIBLE_DEVICES='' and run on the CPU, or "
+                    f'change to the MXNet for CPUs: {CPU_INSTEAD}')
+    return None
+
+
+def library_problem(message, installed):
+    """The sentence for a libmxnet.so that does not load; `message`: the loader's, `installed`: flavours()."""
+    missing = message.split(':')[0]
+    flavour = ' and '.join(sorted(installed)) or 'MXNet'
+    for library in CUDA_LIBRARIES:
+        if library.file == missing:
+            return (f'{missing} is missing, which {flavour} needs; it comes with {library.package}, install '
+                    "it and the other CUDA libraries, in the clone, with: pip install '.[cu112]'")
+    if missing == 'libcuda.so.1':
+        return (f'libcuda.so.1 of the NVIDIA driver is missing, which {flavour} needs even on the CPU; '
+                f'install the driver or, without a GPU, change to the MXNet for CPUs: {CPU_INSTEAD}')
+    if missing in SYSTEM_LIBRARIES:
+        return (f'{missing} of the system is missing, which {flavour} needs; on Debian and Ubuntu install it with: '
+                f'apt install {SYSTEM_LIBRARIES[missing]}')
+    return f'the library of {flavour} does not load, install it again: {message.splitlines()[0]}'
+
+
+def flavours():
+    """The installed MXNet wheels, {name: version}: 'mxnet' (CPU), 'mxnet-cu112'. Two overwrite each other."""
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        name = (distribution.metadata['Name'] or '').lower().replace('_', '-')
+        if name == 'mxnet' or name.startswith('mxnet-cu'):
+            found[name] = distribution.version
+    return found
+
+
+def compute_capabilities():
+    """(major, minor) of each GPU that CUDA_VISIBLE_DEVICES leaves, asked of the driver; () without one."""
+    found = []
+    try:
+        driver = ctypes.CDLL('libcuda.so.1')
+        count = ctypes.c_int()
+        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+            return ()
+        for index in range(count.value):
+            device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+            driver.cuDeviceGet(ctypes.byref(device), index)
+            driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # ..._COMPUTE_CAPABILITY_MAJOR
+            driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)  # ..._COMPUTE_CAPABILITY_MINOR
+            found.append((major.value, minor.value))
+    except (OSError, AttributeError):  # no driver, or a stand-in without these functions
+        return ()
+    return tuple(found)
+
+
+def preload_cuda():
+    """Load the CUDA 11 libraries that pip installed, which libmxnet.so would not find; a system's it does."""
+    for library in CUDA_LIBRARIES:
+        try:
+            files = importlib.metadata.files(library.package) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for file in files:
+            if file.name == library.file:
+                ctypes.CDLL(str(file.locate()), mode=ctypes.RTLD_GLOBAL)
+
+
+# ------------------------------------------------------------------------------------------- the import
+
+def _is_installed(package):
+    """Whether `import package` finds a real one: a folder without __init__.py answers too, and is empty."""
+    if package in sys.modules:
+        return True
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def _check_packages():
+    if not _is_installed('mxnet'):
+        raise ImportError("MXNet is not installed; install it, in the clone, with: pip install '.[cpu]' (or "
+                          "'.[cu112]' for NVIDIA GPUs of sm_50 to sm_86)")
+    if not _is_installed('gin'):  # the clone's folder gin/ would be imported in its place, and hold nothing
+        raise ImportError('gin-config is not installed; install it with: pip install gin-config')
+    import numpy as np
+    problem = numpy_problem(np.__version__)
+    if problem:
+        raise ImportError(problem)
+
+
+def _restore():
+    """Put back what MXNet takes for granted, and numpy 1.24 and Python 3.12 removed."""
+    import numpy as np
+    for name in REMOVED_NUMPY_ALIASES:
+        if name not in np.__dict__:  # hasattr would set off numpy's own warnings
+            setattr(np, name, getattr(builtins, name))
+    if not _is_installed('distutils'):
+        if not _is_installed('setuptools'):
+            raise ImportError('setuptools is not installed, which supplies the distutils that MXNet imports; '
+                              'install it with: pip install setuptools')
+        import setuptools  # noqa: F401 - it brings distutils along
+
+
+def _import_mxnet(installed):
+    try:
+        if any(name != 'mxnet' for name in installed):
+            problem = gpu_problem(compute_capabilities())
+            if problem:
+                raise ImportError(problem)
+            preload_cuda()
+        import mxnet  # noqa: F401
+    except (OSError, RuntimeError) as error:  # not loadable; not found
+        raise ImportError(library_problem(str(error), installed)) from None
+
+
+def _prepare():
+    """Import MXNet; returns who chose the number of threads. An ImportError is one sentence: what to do."""
+    problem = python_problem(sys.version_info)
+    if problem:
+        raise ImportError(problem)
+    threads_set_by = set_threads(os.environ, usable_cores(), loaded='mxnet' in sys.modules)
+    _check_packages()
+    installed = flavours()
+    if len(installed) > 1:
+        names = sorted(installed)
+        warnings.warn(f"{' and '.join(names)} are both installed and overwrite each other's files; keep one: "
+                      f"pip uninstall -y {' '.join(names)} && pip install '.[cpu]' (or '.[cu112]')",
+                      RuntimeWarning, stacklevel=3)
+    _restore()
+    _import_mxnet(installed)
+    return threads_set_by
+
+
+try:
+    #: Who chose the number of OpenMP threads, in words.
+    threads_set_by = _prepare()
+except ImportError as problem:
+    # While `python -m gn_gluon.x` looks for x, argv[0] is '-m': a command owes one line, not a traceback.
+    if sys.argv[:1] == ['-m']:
+        print(f'error: {problem}', file=sys.stderr)
+        sys.exit(2)
+    raise

@@ -1,0 +1,91 @@
+"""Order, batches and prefetching: what turns a data set into the steps of an epoch.
+
+Order and augmentation of a sample are functions of (seed, epoch, sample) alone: the same on any number of
+devices or threads, and after a resume from the middle of an epoch.
+"""
+import collections
+import concurrent.futures
+import time
+
+import numpy as np
+
+#: images (batch_size, C, H, W) float32; labels (batch_size,) int32; of these the first `num_samples` count,
+#: the rest is padding that keeps the shape of the last validation batch.
+Batch = collections.namedtuple('Batch', ['images', 'labels', 'num_samples'])
+
+_ORDER, _DRAWS = 0, 1
+
+
+def _generator(seed, epoch, stream):
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, stream])))
+
+
+def epoch_order(num_samples, seed, epoch):
+    """The permutation of the training samples in one epoch: (num_samples,) int64."""
+    return _generator(seed, epoch, _ORDER).permutation(num_samples)
+
+
+def epoch_draws(num_samples, num_draws, seed, epoch):
+    """Uniform numbers in [0, 1) for augmentation, row i for sample i: (num_samples, num_draws) float32."""
+    return _generator(seed, epoch, _DRAWS).random((num_samples, num_draws), dtype=np.float32)
+
+
+def train_batches(dataset, batch_size, seed, epoch, start_step=0):
+    """Batches of one training epoch from `start_step` on; the remainder of the permutation is dropped."""
+    order = epoch_order(dataset.num_train, seed, epoch)
+    draws = epoch_draws(dataset.num_train, dataset.num_draws, seed, epoch)
+
+    def make_batch(step):
+        indices = order[step * batch_size:(step + 1) * batch_size]
+        return Batch(dataset.train_batch(indices, draws[indices]), dataset.train_labels[indices], batch_size)
+
+    return Prefetcher(make_batch, range(start_step, dataset.num_train // batch_size))
+
+
+def validation_batches(dataset, batch_size):
+    """Batches that hold every validation image exactly once; the last is padded with its last image."""
+    num_validation = dataset.num_validation
+
+    def make_batch(start):
+        indices = np.minimum(np.arange(start, start + batch_size), num_validation - 1)
+        return Batch(dataset.validation_batch(indices), dataset.validation_labels[indices],
+                     min(batch_size, num_validation - start))
+
+    return Prefetcher(make_batch, range(0, num_validation, batch_size))
+
+
+class Prefetcher:
+    """Iterates `make_batch(step)` over `steps`, made in order in one thread, `ahead` batches in advance.
+
+    `wait_seconds` adds up the time for which the consumer had to wait.
+    """
+
+    def __init__(self, make_batch, steps, ahead=2):
+        self.wait_seconds = 0.0
+        self._make_batch = make_batch
+        self._steps = steps
+        self._ahead = ahead
+
+    def __len__(self):
+        return len(self._steps)
+
+    def __iter__(self):
+        steps = iter(self._steps)
+        pending = collections.deque()
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+            try:
+                for step in steps:
+                    pending.append(thread.submit(self._make_batch, step))
+                    if len(pending) > self._ahead:
+                        yield self._take(pending)
+                while pending:
+                    yield self._take(pending)
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _take(self, pending):
+        start = time.perf_counter()
+        batch = pending.popleft().result()
+        self.wait_seconds += time.perf_counter() - start
+        return batch

@@ -1,0 +1,49 @@
+"""python -m gn_gluon.eval --gin_file gin/cifar_bn.gin: evaluate that experiment's run over the whole validation set."""
+import json
+import os
+
+from absl.flags import argparse_flags
+
+from gn_gluon.errors import UserError, command
+from gn_gluon.train import add_flags, default_workdir
+
+
+def main():
+    """The command line."""
+    parser = argparse_flags.ArgumentParser(
+        prog='python -m gn_gluon.eval', description=__doc__,
+        epilog="A run folder is evaluated by its own config.gin; --gin_file alone says which folder that is.")
+    add_flags(parser)
+    parser.add_argument('--checkpoint', default='last',
+                        help='last, best, or the path of a checkpoint folder or a .params file (default: %(default)s)')
+    parser.add_argument('--json', action='store_true', help='print one JSON object')
+    flags = parser.parse_args()
+    if not flags.gin_file and not flags.workdir:
+        raise UserError('neither --gin_file nor --workdir given; for a start: python -m gn_gluon.eval --workdir '
+                        'runs/digits_gn_bs2')
+    from gn_gluon import config, experiment, plan
+    workdir = flags.workdir or default_workdir(flags.gin_file)
+    recorded = os.path.join(workdir, 'config.gin')
+    if not os.path.exists(recorded) and flags.checkpoint in ('last', 'best') and not flags.plan:
+        raise UserError('no run in {}; train it with: python -m gn_gluon.train {}'.format(
+            workdir, ' '.join('--gin_file ' + path for path in flags.gin_file) or '--gin_file FILE'))
+    gin_files = [recorded] if os.path.exists(recorded) else flags.gin_file
+    bindings = config.parse(gin_files, flags.gin_bindings)
+    # The recorded config also holds what only training uses; of the command line everything must be used.
+    bindings = [binding for binding in bindings if binding.origin.startswith('--')]
+    made = config.configured(experiment.Experiment)()
+    data_dir = flags.data_dir or experiment.recorded_data_dir(workdir)
+    if flags.plan:
+        plan.print_plan(made, bindings, workdir, data_dir)
+        return
+    result = experiment.evaluate_run(made, bindings, workdir, data_dir, flags.checkpoint)
+    if flags.json:
+        print(json.dumps(result))
+    else:
+        print('{checkpoint}{after}: top-1 error {top1_error:.2f} %, top-5 error {top5_error:.2f} %, loss {loss:.4f}, '
+              'n = {num_samples}'.format(
+                  after='' if result['epoch'] is None else ' ({:g} epochs)'.format(result['epoch']), **result))
+
+
+if __name__ == '__main__':
+    command(main)

@@ -1,0 +1,391 @@
+"""Joins data, model, optimizer and loop as a gin file says, and owns the run folder."""
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import mxnet as mx
+import numpy as np
+from mxnet import gluon
+
+from gn_gluon import __version__, config, optim
+from gn_gluon.checkpoint import Checkpoints, load_parameters, signals_as_interrupts, write_text
+from gn_gluon.data import loader
+from gn_gluon.errors import Interrupted, UserError
+from gn_gluon.log import RunLog, read_rows
+from gn_gluon.loop import evaluate, train_epoch
+from gn_gluon.metrics import Metrics
+from gn_gluon.plot import plot_curves
+from gn_gluon.replicas import Replicas, parse_devices
+
+#: What may differ when a run is resumed: where it runs, not what it computes.
+RESUMABLE_WITH_OTHER = ('train.devices', 'train.kvstore', 'train.validation_batch', 'checkpoint.minutes')
+
+
+class Experiment:
+    """What a gin file binds as `train.*`. By hand: Experiment(norm=GroupNorm, model=CifarResNet, ...).
+
+    Arguments:
+        norm, model, dataset, optimizer, schedule: classes (in gin `@GroupNorm`, without parentheses).
+        num_replicas, batch_per_replica: the paper's "8 GPUs x b images"; their product makes one update.
+        num_epochs: passes over the training set.
+        base_learning_rate, reference_batch: the linear rule of Section 4.1, see optim.learning_rate.
+        learning_rate: the rate itself, instead of these two.
+        weight_decay: 1e-4 in Section 4.1.
+        decay_gamma_beta: whether it applies to gamma and beta too, as in Section 4.1.
+        gradient_clip_norm: largest norm of the mean gradient, or None.
+        seed: of the initial weights, the order, the augmentation and dropout.
+        kvstore: 'device', 'local' or 'nccl'; used with more than one device.
+        dtype: 'float32'.
+        devices: see replicas.parse_devices.
+        initial_weights: path of a .params file to start from; its classifier may have another number of classes.
+        validation_batch: images at a time in evaluation; it has no effect on the result.
+    """
+
+    def __init__(self, norm=None, model=None, dataset=None, optimizer=None, schedule=None, num_replicas=1,
+                 batch_per_replica=32, num_epochs=100, base_learning_rate=None, reference_batch=None,
+                 learning_rate=None, weight_decay=1e-4, decay_gamma_beta=True, gradient_clip_norm=None, seed=0,
+                 kvstore='device', dtype='float32', devices='auto', initial_weights=None, validation_batch=200):
+        for name, value in (('norm', norm), ('model', model), ('dataset', dataset), ('optimizer', optimizer),
+                            ('schedule', schedule)):
+            if not isinstance(value, type):
+                raise UserError('train.{0} is {1}; bind it to a class by reference, such as train.{0} = @{2}'.format(
+                    name, 'not bound' if value is None else repr(value),
+                    {'norm': 'GroupNorm', 'model': 'CifarResNet', 'dataset': 'CIFAR10', 'optimizer': 'SGD',
+                     'schedule': 'StepSchedule'}[name]))
+        for name, value in (('num_replicas', num_replicas), ('batch_per_replica', batch_per_replica),
+                            ('num_epochs', num_epochs), ('validation_batch', validation_batch)):
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f'train.{name} = {value!r} must be a whole number above 0')
+        if not isinstance(seed, int) or seed < 0:
+            raise UserError(f'train.seed = {seed!r} must be a whole number, 0 or more')
+        if not weight_decay >= 0:
+            raise UserError(f'train.weight_decay = {weight_decay!r} must be 0 or more')
+        if gradient_clip_norm is not None and not gradient_clip_norm > 0:
+            raise UserError(f'train.gradient_clip_norm = {gradient_clip_norm!r} must be above 0, or None')
+        if dtype != 'float32':
+            raise UserError(f"train.dtype = {dtype!r}: this version trains in 'float32'")
+        if kvstore not in ('device', 'local', 'nccl'):
+            raise UserError(f"train.kvstore = {kvstore!r}: this version offers 'device', 'local' and 'nccl'")
+        self.norm, self.model, self.dataset, self.optimizer, self.schedule = norm, model, dataset, optimizer, schedule
+        self.num_replicas, self.batch_per_replica, self.num_epochs = num_replicas, batch_per_replica, num_epochs
+        self.batch_size = num_replicas * batch_per_replica
+        self.initial_rate = optim.learning_rate(learning_rate, base_learning_rate, reference_batch, self.batch_size)
+        self.weight_decay, self.decay_gamma_beta = weight_decay, decay_gamma_beta
+        self.gradient_clip_norm = gradient_clip_norm
+        self.seed, self.kvstore, self.dtype, self.devices = seed, kvstore, dtype, devices
+        self.initial_weights, self.validation_batch = initial_weights, validation_batch
+
+
+config.register(Experiment, 'train')
+
+
+class Built:
+    """An experiment's parts, made but not yet fed: what `train`, `evaluate` and `plan` have in common.
+
+    The data are read only when the network cannot be made without them (your own h5 set), or by `load`.
+
+    Arguments:
+        experiment: Experiment.
+        workdir: the run folder.
+        data_dir: folder of the data set; None: datasets/NAME.
+        description: what Dataset.describe once returned; the data are then never read.
+    """
+
+    def __init__(self, experiment, workdir, data_dir=None, description=None):
+        self.experiment = experiment
+        self.workdir = workdir
+        name = experiment.dataset.name
+        self.data_dir = data_dir or (os.path.join('datasets', name) if name else None)
+        self.dataset = experiment.dataset(data_dir=self.data_dir)
+        self._loaded = description is not None or self.dataset.num_classes is None
+        if description is not None:
+            self.dataset.restore(description)
+        elif self._loaded:
+            self.dataset.load()
+        self.net = experiment.model(norm=experiment.norm, num_classes=self.dataset.num_classes)
+        self.net.infer_shape(mx.nd.zeros((1,) + self.dataset.image_shape))
+        #: By structural name ('layers.0.weight'): the same in every process, unlike Gluon's counted prefixes.
+        self.parameters = self.net._collect_params_with_prefix()
+        self.optimizer = experiment.optimizer()
+        self.schedule = experiment.schedule()
+        self.checkpoints = config.configured(Checkpoints)(workdir)
+
+    def load(self):
+        """Read the data set, once. Raises UserError when it does not fill one update."""
+        if not self._loaded:
+            self.dataset.load()
+            self._loaded = True
+        if self.steps_per_epoch < 1:
+            raise UserError(f'{self.dataset.num_train} training images do not fill one update of '
+                            f'{self.experiment.num_replicas} replicas x {self.experiment.batch_per_replica} images')
+
+    @property
+    def steps_per_epoch(self):
+        """Updates per epoch."""
+        return self.dataset.num_train // self.experiment.batch_size
+
+    def learning_rate(self, num_updates):
+        """The rate of the update that follows `num_updates` updates."""
+        return self.experiment.initial_rate * self.schedule(
+            num_updates / self.steps_per_epoch, self.experiment.num_epochs)
+
+    def initialize(self, devices):
+        """Give the network its initial weights on `devices`, reproducibly, and compile it on first use."""
+        mx.random.seed(self.experiment.seed)
+        np.random.seed(self.experiment.seed)
+        self.net.initialize(ctx=devices)
+        self.net.hybridize(static_alloc=True, static_shape=True)
+        for parameter in self.parameters.values():
+            parameter._finish_deferred_init()
+
+    def make_updater(self, num_updates=0):
+        """The optim.Updater of the initialized network."""
+        return optim.Updater(
+            self.parameters, self.optimizer, self.experiment.weight_decay, self.experiment.decay_gamma_beta,
+            self.experiment.gradient_clip_norm, self.experiment.kvstore, num_updates)
+
+
+def train(experiment, bindings, workdir, data_dir=None):
+    """Train, or resume, in the run folder `workdir`.
+
+    Arguments:
+        experiment: Experiment.
+        bindings: the config.Bindings that made it; one the run does not use is refused.
+        workdir: the run folder itself.
+        data_dir: folder of the data set; None: the recorded one, or datasets/NAME.
+    Raises UserError for bad input, NaNLossError, Interrupted after a signal; the last checkpoint is kept in each case.
+    """
+    built = Built(experiment, workdir, data_dir)
+    config.refuse_unused(bindings)
+    devices = parse_devices(experiment.devices, experiment.num_replicas)
+    built.load()
+    with _run_folder(workdir), signals_as_interrupts() as check_signals:
+        resumed = built.checkpoints.exists()
+        if resumed:
+            _refuse_other_config(workdir)
+        else:
+            write_text(os.path.join(workdir, 'config.gin'), config.operative_config())
+        _write_environment(built, devices, resumed)
+        write_text(os.path.join(workdir, 'dataset.json'), json.dumps(built.dataset.describe()))
+        built.initialize(devices)
+        if experiment.initial_weights and not resumed:
+            kept = load_parameters(experiment.initial_weights, built.parameters, replace_classifier=True)
+            print('initial weights from {}{}'.format(
+                experiment.initial_weights, '; freshly initialized: ' + ', '.join(kept) if kept else ''))
+        run = _Run(built, devices, check_signals, resumed)
+        try:
+            run.all_epochs()
+        except Interrupted as stop:
+            run.save()
+            print('\nstopped by {}: saved {} at epoch {}, update {} of {}; the same command goes on from there'.format(
+                {130: 'Ctrl-C', 143: 'SIGTERM'}[stop.exit_code], os.path.join(workdir, 'last'),
+                run.epoch + 1, run.step, built.steps_per_epoch), flush=True)
+            raise
+        finally:
+            run.log.close()
+    _summarize(workdir)
+
+
+class _Run:
+    """One training run in progress: its position, and what happens after each update and each epoch."""
+
+    def __init__(self, built, devices, check_signals, resumed):
+        self.built, self.devices, self.check_signals = built, devices, check_signals
+        experiment = built.experiment
+        self.replicas = Replicas(built.net, gluon.loss.SoftmaxCrossEntropyLoss(), devices, experiment.num_replicas,
+                                 experiment.batch_per_replica)
+        position = built.checkpoints.load_state() if resumed else {}
+        self.epoch, self.step = position.get('epoch', 0), position.get('step', 0)
+        self.best_top1_error = position.get('best_top1_error')
+        self.metrics = Metrics(**position.get('metrics', {}))
+        self.seconds, self.wait_seconds = position.get('seconds', 0.0), position.get('wait_seconds', 0.0)
+        num_updates = self.epoch * built.steps_per_epoch + self.step
+        self.updater = built.make_updater(num_updates)
+        if resumed:
+            built.checkpoints.load('last', built.parameters, self.updater)
+        self.log = RunLog(built.workdir, experiment.num_epochs, built.steps_per_epoch, self.epoch, num_updates)
+        print(f'{type(built.dataset).__name__}: {built.dataset.num_train} training and {built.dataset.num_validation} '
+              f'validation images, {built.steps_per_epoch} updates per epoch')
+        print('{}; OMP_NUM_THREADS={}'.format(self.replicas.describe(), os.environ.get('OMP_NUM_THREADS', 'unset')))
+        if resumed:
+            print(f'resuming {built.workdir} after epoch {self.epoch}, update {self.step} of {built.steps_per_epoch}')
+        self.log.table_head()
+
+    def all_epochs(self):
+        while self.epoch < self.built.experiment.num_epochs:
+            self.one_epoch()
+
+    def one_epoch(self):
+        built, experiment = self.built, self.built.experiment
+        batches = loader.train_batches(built.dataset, experiment.batch_size, experiment.seed, self.epoch, self.step)
+        if self.epoch == 0 and self.step == 0:
+            first = next(iter(loader.train_batches(built.dataset, experiment.batch_size, experiment.seed, 0)))
+            self.log.images(first.images, 0)
+        self.log.start_epoch(self.epoch, self.step)
+        seconds_before, wait_before, start = self.seconds, self.wait_seconds, time.perf_counter()
+
+        def on_step(loss, rate):
+            self.step += 1
+            self.log.step(self.updater.num_updates, self.step, loss, rate)
+            self.seconds = seconds_before + time.perf_counter() - start
+            self.wait_seconds = wait_before + batches.wait_seconds
+            if built.checkpoints.due():
+                self.save()
+            self.check_signals()
+
+        train_epoch(self.replicas, self.updater, batches, self.metrics, built.learning_rate, experiment.seed, on_step)
+        self.check_signals()
+        start = time.perf_counter()
+        validation = evaluate(
+            built.net, self.devices, loader.validation_batches(built.dataset, experiment.validation_batch),
+            lambda _: self.check_signals())
+        self.log.end_epoch(
+            self.epoch, self.updater.num_updates, self.metrics, validation,
+            built.learning_rate(self.updater.num_updates - 1), self.seconds, time.perf_counter() - start,
+            self.wait_seconds, peak_memory(self.devices))
+        best = self.best_top1_error is None or validation.top1_error < self.best_top1_error
+        if best:
+            self.best_top1_error = validation.top1_error
+        self.epoch, self.step, self.metrics, self.seconds, self.wait_seconds = self.epoch + 1, 0, Metrics(), 0.0, 0.0
+        self.save(best)
+
+    def save(self, best=False):
+        self.built.checkpoints.save(self.built.parameters, self.updater, {
+            'epoch': self.epoch, 'step': self.step, 'best_top1_error': self.best_top1_error,
+            'metrics': self.metrics.state_dict(), 'seconds': self.seconds, 'wait_seconds': self.wait_seconds}, best)
+
+
+def evaluate_run(experiment, bindings, workdir, data_dir=None, checkpoint='last'):
+    """Evaluate a checkpoint over the whole validation set, in inference mode.
+
+    Arguments: as of `train`; checkpoint: 'last', 'best' or the path of a .params file or of a checkpoint folder.
+    Returns a dict: top1_error and top5_error in percent, loss in nats per image, num_samples, checkpoint, epoch (None
+    for a .params file), images_per_second.
+    """
+    built = Built(experiment, workdir, data_dir)
+    config.refuse_unused(bindings)
+    devices = parse_devices(experiment.devices, experiment.num_replicas)
+    built.load()
+    built.initialize(devices)
+    checkpoint, epoch = load_weights(built, checkpoint)
+    start = time.perf_counter()
+    metrics = evaluate(built.net, devices, loader.validation_batches(built.dataset, experiment.validation_batch))
+    return {'top1_error': metrics.top1_error, 'top5_error': metrics.top5_error, 'loss': metrics.loss,
+            'num_samples': metrics.num_samples, 'checkpoint': checkpoint, 'epoch': epoch,
+            'images_per_second': metrics.num_samples / (time.perf_counter() - start)}
+
+
+def load_weights(built, checkpoint):
+    """Load 'last', 'best', a checkpoint folder or a .params file; returns its path and its number of epochs."""
+    if checkpoint in ('last', 'best') and not built.checkpoints.exists(checkpoint):
+        raise UserError(f'no checkpoint {checkpoint} in {built.workdir}; train it first, or name a file with '
+                        '--checkpoint')
+    if checkpoint in ('last', 'best') or os.path.isdir(checkpoint):
+        folder = os.path.join(built.workdir, checkpoint) if checkpoint in ('last', 'best') else checkpoint
+        folder, name = os.path.split(os.path.normpath(folder))
+        state = Checkpoints(folder).load(name, built.parameters)
+        return os.path.join(folder, name), state['epoch'] + state['step'] / built.steps_per_epoch
+    load_parameters(checkpoint, built.parameters)
+    return checkpoint, None
+
+
+def peak_memory(devices):
+    """Bytes: the most that this process has had resident, or on GPUs what is in use on the fullest."""
+    gpus = [device.device_id for device in devices if device.device_type == 'gpu']
+    if gpus:
+        return max(total - free for free, total in map(mx.context.gpu_memory_info, gpus))
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith('VmHWM'))
+
+
+@contextlib.contextmanager
+def _run_folder(workdir):
+    """Make the run folder, and keep a second process out of it."""
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        lock = open(os.path.join(workdir, '.lock'), 'w')
+    except OSError as error:
+        raise UserError(
+            f'cannot make the run folder {workdir}: {error.strerror}; choose another with --workdir') from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f'another process is training in {workdir}; wait for it, or choose another --workdir') from None
+        yield
+
+
+def _refuse_other_config(workdir):
+    path = os.path.join(workdir, 'config.gin')
+    try:
+        with open(path) as file:
+            before = config.statements(file.read())
+    except OSError:
+        raise UserError(f'{workdir} has a checkpoint but no config.gin; choose another --workdir') from None
+    now = config.statements(config.operative_config())
+    differing = ['{}: {} there, {} now'.format(key, before.get(key, 'not bound'), now.get(key, 'not bound'))
+                 for key in sorted(set(before) | set(now))
+                 if before.get(key) != now.get(key) and key not in RESUMABLE_WITH_OTHER]
+    if differing:
+        raise UserError('{} was made by another config ({}); choose another --workdir, or delete it'.format(
+            workdir, '; '.join(differing)))
+
+
+def _write_environment(built, devices, resumed):
+    """What made the run: versions, hardware, commit, command."""
+    path = os.path.join(built.workdir, 'environment.json')
+    now = time.strftime('%Y-%m-%dT%H:%M:%S%z')
+    environment = {
+        'command': sys.argv, 'started': now, 'resumed': [],
+        'gn_gluon': __version__, 'commit': _git_commit(), 'mxnet': mx.__version__,
+        'gluoncv': importlib.metadata.version('gluoncv'),
+        'numpy': np.__version__, 'python': platform.python_version(), 'platform': platform.platform(),
+        'host': platform.node(), 'devices': [str(device) for device in devices],
+        'omp_num_threads': os.environ.get('OMP_NUM_THREADS'),
+        'data_dir': built.data_dir and os.path.abspath(built.data_dir)}
+    if resumed and os.path.exists(path):
+        with open(path) as file:
+            before = json.load(file)
+        environment.update(started=before['started'], resumed=before['resumed'] + [now])
+    write_text(path, json.dumps(environment, indent=1))
+
+
+def recorded_data_dir(workdir):
+    """The data folder that a run was trained from, if it is recorded and still there."""
+    path = os.path.join(workdir, 'environment.json')
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        folder = json.load(file).get('data_dir')
+    return folder if folder and os.path.isdir(folder) else None
+
+
+def _git_commit():
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        return subprocess.check_output(['git', '-C', here, 'describe', '--always', '--dirty', '--abbrev=40'],
+                                       stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _summarize(workdir):
+    """Draw curves.png, print the figures and what to type next."""
+    curves = os.path.join(workdir, 'curves.png')
+    plot_curves([workdir], curves)
+    rows = [row for row in read_rows(os.path.join(workdir, 'metrics.jsonl')) if row['split'] == 'validation']
+    errors = [row['top1_error'] for row in rows]
+    print('\nvalidation top-1 error of {} images: {:.2f} % after the last epoch; median of the last {}: {:.2f} %; best '
+          '{:.2f} % (epoch {})'.format(rows[-1]['num_samples'], errors[-1], min(5, len(errors)),
+                                       statistics.median(errors[-5:]), min(errors), errors.index(min(errors)) + 1))
+    print(f'run folder   {workdir}\ncurves       {curves}')
+    print(f'next         python -m gn_gluon.eval --workdir {workdir}')
+    print(f'             tensorboard --logdir {workdir}')

@@ -1,0 +1,57 @@
+"""One epoch of training, one pass of evaluation."""
+import math
+
+import mxnet as mx
+import numpy as np
+
+from gn_gluon.errors import NaNLossError
+from gn_gluon.metrics import Metrics
+
+
+def train_epoch(replicas, updater, batches, metrics, learning_rate, seed, on_step):
+    """Make one update per batch, until the epoch ends or `on_step` raises.
+
+    Arguments:
+        replicas: replicas.Replicas.
+        updater: optim.Updater.
+        batches: iterable of loader.Batch.
+        metrics: metrics.Metrics that counts the images as they are trained on.
+        learning_rate: function of the number of updates made so far.
+        seed: of the network's own random numbers (dropout).
+        on_step: called after each update as on_step(loss, learning_rate).
+    Raises NaNLossError naming the update when a loss is not finite.
+    """
+    for batch in batches:
+        # MXNet's random state cannot be saved, so it follows from the number of the update.
+        mx.random.seed(int(np.random.SeedSequence([seed, updater.num_updates]).generate_state(1)[0]) >> 1)
+        rate = learning_rate(updater.num_updates)
+        logits = replicas.compute_gradients(batch.images, batch.labels)
+        updater.update(rate, batch.num_samples)
+        # This waits for the forward passes only: the last backward pass and the update run on.
+        loss = metrics.add(np.concatenate([part.asnumpy() for part in logits]), batch.labels)
+        if not math.isfinite(loss):
+            raise NaNLossError(f'the training loss is {loss} at update {updater.num_updates} (learning rate '
+                               f'{rate:g}); lower the learning rate or '
+                               'clip the gradients (train.gradient_clip_norm)')
+        on_step(loss, rate)
+    mx.nd.waitall()
+
+
+def evaluate(net, devices, batches, on_batch=None):
+    """Metrics over every sample of `batches` exactly once, in inference mode (BN: running statistics, no dropout).
+
+    Arguments:
+        net: initialized network.
+        devices: list of contexts; each takes a part of a batch.
+        batches: iterable of loader.Batch; rows from `num_samples` on are padding and are not counted.
+        on_batch: called after each batch with the number of its samples.
+    """
+    metrics = Metrics()
+    for batch in batches:
+        parts = zip(np.array_split(batch.images, len(devices)), devices)
+        logits = [net(mx.nd.array(images, ctx=device)) for images, device in parts if len(images)]
+        logits = np.concatenate([part.asnumpy() for part in logits])
+        metrics.add(logits[:batch.num_samples], batch.labels[:batch.num_samples])
+        if on_batch is not None:
+            on_batch(batch.num_samples)
+    return metrics

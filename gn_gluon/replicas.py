@@ -1,0 +1,145 @@
+"""The paper's "8 GPUs x b images" on the devices at hand: split, accumulate, average.
+
+A replica is one of the paper's GPUs: it sees `batch_per_replica` images at a time, and BatchNorm's statistics stay
+inside it. With fewer devices than replicas each device computes its share one after another and sums the gradients, so
+that the update is that of as many GPUs.
+"""
+import re
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd
+
+from gn_gluon.errors import UserError
+
+_RUNNING = ('running_mean', 'running_var')
+
+
+def parse_devices(devices, num_replicas):
+    """The MXNet contexts that `train.devices` names.
+
+    Arguments:
+        devices: 'auto' (all GPUs, or else the CPU; no more than there are replicas), or names such as 'cpu(0)',
+            'gpu(0)' or the range 'gpu(0-7)', one string or a tuple of them.
+        num_replicas: replicas to be shared out.
+    Returns a list of contexts. Raises UserError for a name that is none, a GPU that is not there, or more devices than
+    replicas.
+    """
+    num_gpus = mx.context.num_gpus()
+    if devices == 'auto':
+        return [mx.gpu(i) for i in range(min(num_gpus, num_replicas))] or [mx.cpu()]
+    contexts = []
+    for name in (devices,) if isinstance(devices, str) else devices:
+        match = re.match(r'^(cpu|gpu)(?:\((\d+)(?:-(\d+))?\))?$', str(name).strip())
+        if not match:
+            raise UserError(f"train.devices = {devices!r}: {name!r} is not a device; write 'auto', 'cpu', 'gpu(0)' or "
+                            "a range "
+                            "such as 'gpu(0-7)'")
+        kind, first = match.group(1), int(match.group(2) or 0)
+        contexts += [mx.Context(kind, i) for i in range(first, int(match.group(3) or first) + 1)]
+    missing = [str(c) for c in contexts if c.device_type == 'gpu' and c.device_id >= num_gpus]
+    if missing:
+        raise UserError(f"train.devices asks for {missing[0]}, but MXNet sees {num_gpus} GPUs; lower train.devices or "
+                        "set it to "
+                        "'auto'")
+    if not contexts or len(set(contexts)) != len(contexts):
+        raise UserError('train.devices = {!r} names {}'.format(devices, 'a device twice' if contexts else 'no device'))
+    if len(contexts) > num_replicas:
+        raise UserError(f'train.devices names {len(contexts)} devices for train.num_replicas = {num_replicas} '
+                        'replicas; a device needs at least '
+                        'one')
+    return contexts
+
+
+class Replicas:
+    """Computes the gradients of one update, replica by replica.
+
+    Arguments:
+        net: hybridizable network, initialized on `devices`.
+        loss: Gluon loss that returns one value per image.
+        devices: list of contexts.
+        num_replicas, batch_per_replica: the layout; replica i takes the i-th part of the batch.
+    """
+
+    def __init__(self, net, loss, devices, num_replicas, batch_per_replica):
+        self.net = net
+        self.loss = loss
+        self.devices = devices
+        self.batch_per_replica = batch_per_replica
+        self.shares = np.array_split(np.arange(num_replicas), len(devices))
+        parameters = net._collect_params_with_prefix()
+        self.trainable = [p for p in parameters.values() if p.grad_req != 'null']
+        self.running = [p for name, p in parameters.items() if name.endswith(_RUNNING)]
+        self.accumulate = num_replicas > len(devices)
+        for parameter in self.trainable:
+            parameter.grad_req = 'add' if self.accumulate else 'write'
+
+    def describe(self):
+        """One line for the log: '8 replicas x 2 images on 1 device (cpu(0))'."""
+        num_replicas = sum(map(len, self.shares))
+        return '{} replica{} x {} image{} on {} device{} ({})'.format(
+            num_replicas, 's' * (num_replicas != 1), self.batch_per_replica, 's' * (self.batch_per_replica != 1),
+            len(self.devices), 's' * (len(self.devices) != 1), ', '.join(map(str, self.devices)))
+
+    def compute_gradients(self, images, labels):
+        """Leave the sum over all images of the loss gradients in the parameters, one part on each device.
+
+        Arguments:
+            images: (num_replicas * batch_per_replica, C, H, W) float32 NumPy array.
+            labels: the same number of int32.
+        Returns the logits as a list of NDArrays in the order of the images. Running statistics become the mean over
+        replicas of what each replica alone would have made of them.
+        """
+        if self.accumulate:
+            for parameter in self.trainable:
+                parameter.zero_grad()
+        statistics = [_RunningStatistics(self.running, device) for device in self.devices]
+        logits = {}
+        for turn in range(len(self.shares[0])):
+            # Each computation is only started here, so all devices work at once.
+            working = [i for i, share in enumerate(self.shares) if turn < len(share)]
+            for i in working:
+                replica = self.shares[i][turn]
+                rows = slice(replica * self.batch_per_replica, (replica + 1) * self.batch_per_replica)
+                logits[replica] = self._forward_backward(images[rows], labels[rows], self.devices[i])
+            if self.running:
+                # MXNet's CPU BatchNorm writes them in the backward pass, and in a static graph its engine does not
+                # know: without waiting, what is read here may be the statistics before the pass.
+                mx.nd.waitall()
+                for i in working:
+                    statistics[i].take_over()
+        if self.running:
+            self._average(statistics)
+        return [logits[i] for i in range(len(logits))]
+
+    def _forward_backward(self, images, labels, device):
+        images = mx.nd.array(images, ctx=device)
+        labels = mx.nd.array(labels, ctx=device)
+        with autograd.record():
+            logits = self.net(images)
+            loss = self.loss(logits, labels)
+        loss.backward()
+        return logits
+
+    def _average(self, statistics):
+        """Every device takes the mean over all replicas of all devices."""
+        num_replicas = sum(map(len, self.shares))
+        for i, parameter in enumerate(self.running):
+            total = statistics[0].sums[i]
+            for other in statistics[1:]:
+                total = total + other.sums[i].as_in_context(total.context)
+            parameter.set_data(total / num_replicas)
+
+
+class _RunningStatistics:
+    """Lets every replica of a device start from the same running statistics, and sums what each makes of them."""
+
+    def __init__(self, parameters, device):
+        self.arrays = [parameter.data(device) for parameter in parameters]
+        self.start = [array.copy() for array in self.arrays]
+        self.sums = [mx.nd.zeros_like(array) for array in self.arrays]
+
+    def take_over(self):
+        for array, start, total in zip(self.arrays, self.start, self.sums):
+            total += array
+            start.copyto(array)

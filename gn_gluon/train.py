@@ -1,0 +1,44 @@
+"""python -m gn_gluon.train --gin_file gin/digits_gn_bs2.gin: train, or resume, what a gin file declares."""
+import os
+
+from absl.flags import argparse_flags
+
+from gn_gluon.errors import UserError, command
+
+
+def add_flags(parser):
+    """The flags that train and eval share."""
+    parser.add_argument('--gin_file', action='append', default=[], metavar='FILE',
+                        help='what to train, e.g. gin/digits_gn_bs2.gin; repeatable, later ones win')
+    parser.add_argument('--gin_bindings', action='append', default=[], metavar='BINDING',
+                        help="a statement on top, e.g. 'train.num_epochs = 3'; repeatable")
+    parser.add_argument('--workdir', help="the run folder (default: runs/ and the last gin file's name)")
+    parser.add_argument('--data_dir', help='the folder of the data set (default: datasets/ and its name)')
+    parser.add_argument('--plan', action='store_true',
+                        help='print what would be done, touching no data and no device, and stop')
+
+
+def default_workdir(gin_files):
+    """runs/NAME for gin/NAME.gin."""
+    return os.path.join('runs', os.path.splitext(os.path.basename(gin_files[-1]))[0])
+
+
+def main():
+    """The command line."""
+    parser = argparse_flags.ArgumentParser(prog='python -m gn_gluon.train', description=__doc__)
+    add_flags(parser)
+    flags = parser.parse_args()
+    if not flags.gin_file:
+        raise UserError('no --gin_file given; for a start: python -m gn_gluon.train --gin_file gin/digits_gn_bs2.gin')
+    from gn_gluon import config, experiment, plan  # not at the top: --help must not wait for MXNet
+    workdir = flags.workdir or default_workdir(flags.gin_file)
+    bindings = config.parse(flags.gin_file, flags.gin_bindings)
+    made = config.configured(experiment.Experiment)()
+    if flags.plan:
+        plan.print_plan(made, bindings, workdir, flags.data_dir)
+    else:
+        experiment.train(made, bindings, workdir, flags.data_dir)
+
+
+if __name__ == '__main__':
+    command(main)
