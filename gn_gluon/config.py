@@ -3,8 +3,11 @@
 The one module that talks to gin. The classes themselves know nothing of it.
 """
 import collections
+import difflib
 import inspect
 import os
+import re
+import tokenize
 
 import gin
 from gn_gluon import checkpoint, data, models, norm, optim
@@ -18,11 +21,13 @@ RECIPES_IN_CLONE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(
 Binding = collections.namedtuple('Binding', ['key', 'line', 'origin', 'included'])
 
 _configured = {}
+_names = []
 
 
 def register(cls, name, given=()):
     """Let gin bind the constructor arguments of `cls` as `name.argument`, but for those that its caller gives."""
     given = [argument for argument in given if argument in inspect.signature(cls.__init__).parameters]
+    _names.append(name)
     _configured[cls] = gin.external_configurable(cls, name=name, module='gn_gluon', denylist=given)
 
 
@@ -97,8 +102,8 @@ def _parse_text(text, origin, bindings, chain, included):
             statement = next(parser)
         except StopIteration:
             return
-        except (SyntaxError, ValueError) as error:
-            raise UserError('{}: {}'.format(_where(origin, getattr(error, 'lineno', None)), one_line(error))) from None
+        except (SyntaxError, ValueError, tokenize.TokenError) as error:
+            raise _explained(error, text, origin) from None
         where = _where(origin, statement.location.line_num)
         if isinstance(statement, gin.config_parser.IncludeStatement):
             _parse_file(find_file(statement.filename, origin if chain else None), bindings, chain, included=True)
@@ -110,11 +115,28 @@ def _parse_text(text, origin, bindings, chain, included):
                 else:
                     gin.bind_parameter((key, 'gin.macro', 'value'), statement.value)
             except (ValueError, TypeError) as error:
-                raise UserError(f'{where}: {one_line(error)}') from None
+                raise _explained(error, text, origin, statement.location.line_num) from None
             bindings.append(Binding(key, statement.location.line_content.strip(), where, included))
         elif isinstance(statement, gin.config_parser.ImportStatement):
             raise UserError('{}: imports are not supported in gin files; configurables are {}'.format(
                 where, ', '.join(norm.__all__ + models.__all__ + data.__all__)))
+
+
+def _explained(error, text, origin, line=None):
+    """What gin has to say of a statement in `text`, as a UserError with its file, line and words."""
+    # gin writes 'In bindings string line 3' into the message, or carries the line as a SyntaxError does.
+    message, _, place = one_line(error).partition(' In bindings string line ')
+    line = line or getattr(error, 'lineno', None) or int(place.split(' ')[0] or 0)
+    if isinstance(error, tokenize.TokenError):
+        message, line = error.args[0], min(error.args[1][0], len(text.splitlines()))
+    message = message.replace(f' (line {line})', '').rstrip('.')
+    unknown = re.match(r"No configurable matching.*'@?(.+)'", message)
+    if unknown:
+        alike = difflib.get_close_matches(unknown.group(1), _names, 1)
+        message += f'; did you mean {alike[0]}?' if alike else f'; there are {", ".join(sorted(_names))}'
+    elif message == 'Expected newline':
+        message = 'a value must be a literal (gin has no arithmetic)'
+    return UserError(f'{_where(origin, line or None)}: {message}: `{text.splitlines()[line - 1].strip()}`')
 
 
 def _where(origin, line_number):

@@ -14,13 +14,14 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
-from gn_gluon import __version__, config, optim
+from gn_gluon import __version__, compat, config, optim
 from gn_gluon.checkpoint import Checkpoints, load_parameters, signals_as_interrupts, write_text
 from gn_gluon.data import loader
 from gn_gluon.errors import Interrupted, UserError
 from gn_gluon.log import RunLog, read_rows
 from gn_gluon.loop import evaluate, train_epoch
 from gn_gluon.metrics import Metrics
+from gn_gluon.norm.operator import active_operator
 from gn_gluon.plot import plot_curves
 from gn_gluon.replicas import Replicas, parse_devices
 
@@ -141,6 +142,8 @@ class Built:
         mx.random.seed(self.experiment.seed)
         np.random.seed(self.experiment.seed)
         self.net.initialize(ctx=devices)
+        # Norms that know the type of their inputs need no casts, a twelfth of a small network's step.
+        self.net.cast(self.experiment.dtype)
         self.net.hybridize(static_alloc=True, static_shape=True)
         for parameter in self.parameters.values():
             parameter._finish_deferred_init()
@@ -164,6 +167,7 @@ def train(experiment, bindings, workdir, data_dir=None):
     """
     built = Built(experiment, workdir, data_dir)
     config.refuse_unused(bindings)
+    active_operator()
     devices = parse_devices(experiment.devices, experiment.num_replicas)
     built.load()
     with _run_folder(workdir), signals_as_interrupts() as check_signals:
@@ -213,7 +217,9 @@ class _Run:
         self.log = RunLog(built.workdir, experiment.num_epochs, built.steps_per_epoch, self.epoch, num_updates)
         print(f'{type(built.dataset).__name__}: {built.dataset.num_train} training and {built.dataset.num_validation} '
               f'validation images, {built.steps_per_epoch} updates per epoch')
-        print('{}; OMP_NUM_THREADS={}'.format(self.replicas.describe(), os.environ.get('OMP_NUM_THREADS', 'unset')))
+        print(self.replicas.describe())
+        print(f'{compat.num_threads()} threads, set by {compat.threads_set_by}; norm operator: '
+              f'{": ".join(active_operator())}')
         if resumed:
             print(f'resuming {built.workdir} after epoch {self.epoch}, update {self.step} of {built.steps_per_epoch}')
         self.log.table_head()
@@ -349,7 +355,7 @@ def _write_environment(built, devices, resumed):
         'gluoncv': importlib.metadata.version('gluoncv'),
         'numpy': np.__version__, 'python': platform.python_version(), 'platform': platform.platform(),
         'host': platform.node(), 'devices': [str(device) for device in devices],
-        'omp_num_threads': os.environ.get('OMP_NUM_THREADS'),
+        'threads': compat.num_threads(), 'norm_operator': active_operator()[0],
         'data_dir': built.data_dir and os.path.abspath(built.data_dir)}
     if resumed and os.path.exists(path):
         with open(path) as file:

@@ -65,7 +65,7 @@ BINDINGS = [
     ("train.num_replicas = 0", ['train.num_replicas = 0']),
     ("train.batch_per_replica = -2", ['train.batch_per_replica = -2']),
     ("train.batch_per_replica = 2.5", ['train.batch_per_replica = 2.5']),
-    ("train.batch_per_replica = 64", ['64 training images', '128']),
+    ("train.batch_per_replica = 64", ['64 training images', '2 replicas x 64 images']),
     ("train.num_epochs = 0", ['train.num_epochs = 0']),
     ("GroupNorm.num_groups = 0", ['0']),
     ("GroupNorm.num_groups = -4", ['-4']),

@@ -103,6 +103,10 @@ def test_threads_are_set_unless_the_user_did():
     for name in ('OMP_NUM_THREADS', 'MXNET_OMP_MAX_THREADS'):
         environ = {name: '1'}
         assert name in compat.set_threads(environ, 6) and environ == {name: '1'}
+    for environ in ({'OMP_WAIT_POLICY': 'ACTIVE'}, {'GOMP_SPINCOUNT': '9'}, {}):
+        before = dict(environ)
+        compat.let_waiting_threads_sleep(environ)
+        assert environ == (before or {'OMP_WAIT_POLICY': 'PASSIVE'})
     environ = {}
     assert 'imported before' in compat.set_threads(environ, 6, loaded=True) and environ == {}
 

@@ -2,8 +2,8 @@
 
 All of it happens on the view (N, C, L), L the number of pixels. Sums over pixels, and the way back from one number to
 all pixels, are products with a row of ones (1, L): MXNet's own reductions, and the gradients of its broadcasts, take 4
-to 20 times as long as BLAS. `dot` and not FullyConnected: oneDNN's sums depend on the number of rows, hence on the other
-samples of the batch, in the last bit.
+to 20 times as long as BLAS. `dot` and not FullyConnected: the last bit of oneDNN's sums depends on the number of rows,
+hence on the size of the batch.
 """
 
 
@@ -17,10 +17,15 @@ def _to_pixels(F, per_channel, ones):
     return F.dot(F.reshape(per_channel, (0, -1, 1)), ones)
 
 
-def like_channels(F, parameter, x):
-    """`parameter`, its unknown shape tied to the (C,) of x (N, C, ...): MXNet infers no shape back through a reshape."""
+def like_channels(F, parameter, x, dtype):
+    """`parameter`, its unknown shape tied to the C of x (N, C, ...): MXNet infers no shape back through a reshape."""
     pixel = F.slice(F.reshape(x, (0, 0, -1)), begin=(0, None, 0), end=(1, None, 1))
-    return parameter + F.zeros_like(F.reshape(pixel, (-1,)))
+    return parameter + F.zeros_like(widen(F, F.reshape(pixel, (-1,)), dtype))
+
+
+def plain(F, x):
+    """x in MXNet's own memory layout, converted once: oneDNN's slice of its blocked one divides by zero and aborts."""
+    return F.reshape(x, (-2,))
 
 
 def widen(F, x, dtype):
@@ -55,6 +60,7 @@ def _per_channel(F, vector, pixels):
 
 def bias(F, x, beta, residual, activation, dtype):
     """activation(x + beta + residual): x, residual (or None) and the result (N, C, ...), beta (C,) float32."""
+    x = plain(F, x)
     wide = F.reshape(widen(F, x, dtype), (0, 0, -1))
     y = F.reshape_like(wide + _to_pixels(F, _per_channel(F, beta, wide), _row_of_ones(F, wide)), x)
     return close(F, y, x, residual, activation, dtype)
@@ -64,9 +70,10 @@ def batch_renorm(F, x, gamma, beta, running_mean, running_var, residual, r_max, 
                  dtype):
     """activation(gamma * (x_hat * r + d) + beta + residual) as Ioffe (2017), algorithm 1; shapes as `group_norm`.
 
-    running_mean and running_var (C,) are auxiliary states: the BatchNorm inside updates them, as only an operator can in
-    a hybridized graph. In inference its mean and deviation are the running ones, which makes r = 1 and d = 0.
+    running_mean and running_var (C,) are auxiliary states: the BatchNorm inside updates them, as only an operator can
+    in a hybridized graph. In inference its mean and deviation are the running ones, which makes r = 1 and d = 0.
     """
+    x = plain(F, x)
     # Copied before BatchNorm, which on a GPU updates them in its forward pass.
     old_mean, old_var = F.BlockGrad(running_mean), F.BlockGrad(running_var)
     wide = widen(F, x, dtype)
@@ -90,6 +97,7 @@ def group_norm(F, x, gamma, beta, residual, groups, epsilon, activation, dtype):
     of a (N, C, 1) tensor has in the place of (G, C/G): (G, -1) or (-1, C/G). Mean and (biased) variance are those of a
     sample and group, in float32. `dtype` is that of x, or None (see `widen`).
     """
+    x = plain(F, x)
     wide = F.reshape(widen(F, x, dtype), (0, 0, -1))
     ones = _row_of_ones(F, wide)
     weights = F.softmax(ones, axis=-1)  # 1/L each

@@ -1,8 +1,8 @@
 """The norm layers of the paper, as HybridBlocks of one contract.
 
 Each takes (N, C, ...) of 2 to 5 dimensions and gives the same shape and type. `layer(x)` is activation(norm(x)),
-`layer(x, residual)` is activation(norm(x) + residual), one call so that a fast operator can do it in one pass. gamma and
-beta have shape (C,) and stay float32 whatever the network is cast to. Usable as GluonCV's `norm_layer`.
+`layer(x, residual)` is activation(norm(x) + residual), one call so that a fast operator can do it in one pass. gamma
+and beta have shape (C,) and stay float32 when a network is cast to less. Usable as GluonCV's `norm_layer`.
 """
 import warnings
 
@@ -51,10 +51,10 @@ class _Norm(HybridBlock):
                  params):
         super().__init__(prefix=prefix, params=params)
         if in_channels < 0:
-            raise UserError(f'in_channels is {in_channels} in {self._description}: give the number of channels, or 0 to '
+            raise UserError(f'in_channels={in_channels} in {self._description}: give the number of channels, or 0 to '
                             'take it from the first input')
         if activation is not None and activation not in ACTIVATIONS:
-            raise UserError(f'activation is {activation!r} in {self._description}: give None or one of '
+            raise UserError(f'activation={activation!r} in {self._description}: give None or one of '
                             + ', '.join(ACTIVATIONS))
         self._epsilon = epsilon
         self._activation = activation
@@ -91,7 +91,10 @@ class _Norm(HybridBlock):
         """Warns if an input of `shape` (0 where not known) leaves the layer nothing to do."""
 
     def cast(self, dtype):
-        """As HybridBlock.cast, but where `dtype` is narrower the parameters, and so the statistics, stay float32."""
+        """Says that inputs come in `dtype`. Parameters become it too, unless it is narrower: they stay float32 then.
+
+        A layer that was never cast takes inputs of every type, but float16 inside a hybridized parent only on a GPU.
+        """
         self._cast_to = _dtype_name(dtype)
         super().cast('float32' if self._cast_to in NARROW else dtype)
 
@@ -105,11 +108,11 @@ class _Norm(HybridBlock):
         if len(shape) > 1:
             self._check_channels(shape[1])
             self._check_shape(shape)
+            for parameter in self._reg_params.values():
+                if not parameter.shape[0]:
+                    parameter.shape = shape[1:2]
         if symbolic:
             return super().forward(x, *residual)
-        for parameter in self._reg_params.values():
-            if not parameter.shape[0]:
-                parameter.shape = x.shape[1:2]
         self._array_dtype = _dtype_name(x.dtype)
         signature = (self._array_dtype, len(residual))
         if signature != self._traced_for:
@@ -123,10 +126,10 @@ class _Norm(HybridBlock):
     @property
     def _dtype(self):
         """The type of the input: None while a parent's graph is traced, which knows no types, if it was never cast."""
-        return self._array_dtype or (self._cast_to if self._cast_to != 'float32' else None)
+        return self._array_dtype or self._cast_to
 
     def _inferable(self, F, parameter, array, x):
-        return array if parameter.shape[0] else composed.like_channels(F, array, x)
+        return array if parameter.shape[0] else composed.like_channels(F, array, x, self._dtype)
 
 
 class GroupNorm(_Norm):
@@ -142,9 +145,9 @@ class GroupNorm(_Norm):
     activation : None, 'relu', 'sigmoid', 'softrelu', 'softsign' or 'tanh', after the norm and the residual.
     Input and output (N, C, ...); parameters gamma and beta (C,).
 
-    Raises UserError if both group arguments are given or one is not positive, and, as soon as C is known, if it does not
-    divide C. Warns once where a group is a single value, whose output is beta (a hybridized parent that knows no image
-    size hides that from the layer).
+    Raises UserError if both group arguments are given or one is not positive, and, as soon as C is known, if it does
+    not divide C. Warns once where a group is a single value, whose output is beta (inside a hybridized network, which
+    is traced without the size of its images, only after dense layers).
     """
 
     def __init__(self, num_groups=None, channels_per_group=None, epsilon=1e-5, center=True, scale=True,
@@ -261,8 +264,8 @@ class BatchRenorm(BatchNorm):
         super().__init__(momentum, epsilon, center, scale, beta_initializer, gamma_initializer, in_channels, activation,
                          prefix, params)
         if r_max < 1 or d_max < 0:
-            raise UserError(f'r_max={r_max}, d_max={d_max} in {self._description}: give r_max of at least 1 and d_max of '
-                            'at least 0')
+            raise UserError(f'r_max={r_max}, d_max={d_max} in {self._description}: give r_max of at least 1 and d_max '
+                            'of at least 0')
         self._r_max = r_max
         self._d_max = d_max
 
