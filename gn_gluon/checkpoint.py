@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -47,57 +48,79 @@ class Checkpoints:
         Raises NaNLossError, before anything is written, when a weight is not finite; UserError when it cannot be
         written. In both cases the earlier checkpoint stays as it is.
         """
+        check_finite(parameters, updater, self.folder)
         arrays = {name: parameter.list_data()[0] for name, parameter in parameters.items()}
-        if not mx.nd.multi_all_finite(*arrays.values(), num_arrays=len(arrays)).asscalar():
-            raise NaNLossError(f'the weights are not finite; the last good checkpoint in {self.folder} is kept')
         states, scalars = updater.state_dict()
         with _writing(self.folder):
-            new = os.path.join(self.folder, '.last.new')
-            _make_empty(new)
-            files = {name: _save_arrays(os.path.join(new, name), content)
+            new_last, new_best = (os.path.join(self.folder, name) for name in ('.last.new', '.best.new'))
+            _make_empty(new_last)
+            files = {name: _save_arrays(os.path.join(new_last, name), content)
                      for name, content in ((PARAMETERS, arrays), (STATES, states))}
-            _write(os.path.join(new, STATE), json.dumps(dict(position, files=files, optimizer=scalars), indent=1))
-            _replace_folder(new, os.path.join(self.folder, 'last'))
+            _write(os.path.join(new_last, STATE), json.dumps(dict(position, files=files, optimizer=scalars), indent=1))
             if best:
-                new = os.path.join(self.folder, '.best.new')
-                shutil.rmtree(new, ignore_errors=True)
-                shutil.copytree(os.path.join(self.folder, 'last'), new)
-                _replace_folder(new, os.path.join(self.folder, 'best'))
+                # First: a run that is killed in between repeats the epoch from `last`, and makes the same `best`.
+                shutil.rmtree(new_best, ignore_errors=True)
+                shutil.copytree(new_last, new_best)
+                _replace_folder(new_best, os.path.join(self.folder, 'best'))
+            _replace_folder(new_last, os.path.join(self.folder, 'last'))
         self.saved_at = time.monotonic()
+
+    def recover(self):
+        """Finish what a kill between two renames left undone. For the process that trains in the folder."""
+        for name in ('last', 'best'):
+            final = os.path.join(self.folder, name)
+            if _readable(final) != final:
+                os.rename(_readable(final), final)
 
     def exists(self, name='last'):
         """Whether there is such a checkpoint."""
-        _recover(os.path.join(self.folder, name))
-        return os.path.isdir(os.path.join(self.folder, name))
-
-    def load_state(self, name='last'):
-        """Check the files of a checkpoint and return its `state.json`. Raises UserError when one is missing or cut."""
-        folder = os.path.join(self.folder, name)
-        _recover(folder)
-        hint = f'use another checkpoint, or delete {folder} to start again'
-        try:
-            with open(os.path.join(folder, STATE)) as file:
-                state = json.load(file)
-            for file_name, expected in state['files'].items():
-                found = _fingerprint(os.path.join(folder, file_name))
-                if found != expected:
-                    raise UserError(
-                        f"{os.path.join(folder, file_name)} is damaged: {found['bytes']} bytes with SHA-256 "
-                        f"{found['sha256'][:12]}..., expected {expected['bytes']} bytes with "
-                        f"{expected['sha256'][:12]}...; {hint}")
-        except FileNotFoundError as error:
-            raise UserError(f'{error.filename} is missing; {hint}') from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{os.path.join(folder, STATE)} is cut or is not a checkpoint; {hint}') from None
-        return state
+        return os.path.isdir(_readable(os.path.join(self.folder, name)))
 
     def load(self, name, parameters, updater=None):
-        """Take up a checkpoint: the weights, and for training the optimizer's state. Returns its `state.json`."""
-        state = self.load_state(name)
-        load_parameters(os.path.join(self.folder, name, PARAMETERS), parameters)
+        """Take up a checkpoint: the weights, and for training the optimizer's state. Returns its `state.json`.
+
+        Raises UserError when a file is missing or damaged, or is of another model.
+        """
+        for attempt in range(3):
+            # A run that is training replaces its checkpoints: what looks damaged may be whole a moment later.
+            folder = _readable(os.path.join(self.folder, name))
+            try:
+                state = _checked_state(folder)
+                break
+            except UserError:
+                if attempt == 2:
+                    raise
+                time.sleep(0.3)
+        load_parameters(os.path.join(folder, PARAMETERS), parameters)
         if updater is not None:
-            updater.load_state_dict(_load_arrays(os.path.join(self.folder, name, STATES)), state['optimizer'])
+            updater.load_state_dict(_load_arrays(os.path.join(folder, STATES)), state['optimizer'])
         return state
+
+
+def check_finite(parameters, updater, folder):
+    """Raise NaNLossError when a weight or an optimizer state is not finite: such a run is not worth keeping."""
+    arrays = [parameter.list_data()[0] for parameter in parameters.values()] + list(updater.state_dict()[0].values())
+    if not mx.nd.multi_all_finite(*arrays, num_arrays=len(arrays)).asscalar():
+        raise NaNLossError(f'the weights are not finite after update {updater.num_updates}; lower the learning rate or '
+                           'clip the gradients (train.gradient_clip_norm); the last good checkpoint, if any, is in '
+                           f'{folder}')
+
+
+def _checked_state(folder):
+    hint = f'use another checkpoint, or delete {folder} to start again'
+    state = read_json(os.path.join(folder, STATE), hint)
+    try:
+        for file_name, expected in state['files'].items():
+            path = os.path.join(folder, file_name)
+            found = _fingerprint(path)
+            if found != expected:
+                raise UserError(f"{path} is damaged: {found['bytes']} bytes with SHA-256 {found['sha256'][:12]}..., "
+                                f"expected {expected['bytes']} bytes with {expected['sha256'][:12]}...; {hint}")
+    except FileNotFoundError as error:
+        raise UserError(f'{error.filename} is missing; {hint}') from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f'{os.path.join(folder, STATE)} is not the state of a checkpoint; {hint}') from None
+    return state
 
 
 def load_parameters(path, parameters, replace_classifier=False):
@@ -109,7 +132,7 @@ def load_parameters(path, parameters, replace_classifier=False):
     """
     arrays = _load_arrays(path)
     # Files by Module or by an exported symbol prefix the names.
-    arrays = {name.split(':', 1)[-1]: array for name, array in arrays.items()}
+    arrays = {re.sub('^(arg|aux):', '', name): array for name, array in arrays.items()}
     missing = sorted(set(parameters) - set(arrays))
     extra = sorted(set(arrays) - set(parameters))
     if missing or extra:
@@ -151,6 +174,17 @@ def signals_as_interrupts():
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def read_json(path, hint):
+    """The object in a JSON file. Raises UserError with `hint`, what to do, when it is missing or cut."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing; {hint}') from None
+    except ValueError:
+        raise UserError(f'{path} is cut or is not JSON; {hint}') from None
 
 
 def write_text(path, text):
@@ -196,7 +230,9 @@ def _load_arrays(path):
     try:
         arrays = mx.nd.load(path)
     except (mx.MXNetError, OSError):
-        if not os.path.isfile(path):
+        if os.path.isdir(path):
+            raise UserError(f'{path} is a folder; name the file, as {os.path.join(path, PARAMETERS)}') from None
+        if not os.path.exists(path):
             raise UserError(f'{path} not found') from None
         raise UserError(f'{path} is cut or is not a file of MXNet arrays') from None
     return arrays if isinstance(arrays, dict) else {}
@@ -216,7 +252,7 @@ def _make_empty(folder):
 
 
 def _replace_folder(new, final):
-    """Put the complete folder `new` in the place of `final`. A kill between the renames is mended by `_recover`."""
+    """Put the complete folder `new` in the place of `final`. A kill between the renames is seen by `_readable`."""
     old = _old(final)
     shutil.rmtree(old, ignore_errors=True)
     if os.path.isdir(final):
@@ -225,12 +261,13 @@ def _replace_folder(new, final):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _recover(final):
-    # `final` is moved away only when its successor is complete, and back only when that is gone.
+def _readable(final):
+    """Where the checkpoint `final` is: moved away for a moment, or for good by a kill, its successor is complete."""
     if not os.path.isdir(final) and os.path.isdir(_old(final)):
         folder, name = os.path.split(final)
         new = os.path.join(folder, f'.{name}.new')
-        os.rename(new if os.path.isdir(new) else _old(final), final)
+        return new if os.path.isdir(new) else _old(final)
+    return final
 
 
 def _old(final):

@@ -133,6 +133,14 @@ def num_threads(environ=os.environ):
 
 # ---------------------------------------------------------------------------- what is installed, and fits
 
+def version(package):
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def python_problem(version):
     """None, or the sentence for a Python `version` (a tuple) that is too new for MXNet."""
     if tuple(version[:2]) < FIRST_PYTHON_WITHOUT_MXNET:
@@ -268,6 +276,10 @@ def _prepare():
     problem = python_problem(sys.version_info)
     if problem:
         raise ImportError(problem)
+    for name in ('OMP_NUM_THREADS', 'MXNET_OMP_MAX_THREADS'):
+        if os.environ.get(name) and not re.fullmatch('[1-9][0-9]*', os.environ[name]):
+            raise ImportError(f'{name}={os.environ[name]} in the environment, but MXNet takes one number above 0; '
+                              'correct or unset it')
     threads_set_by = set_threads(os.environ, usable_cores(), loaded='mxnet' in sys.modules)
     let_waiting_threads_sleep(os.environ)
     _check_packages()

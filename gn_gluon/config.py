@@ -3,11 +3,14 @@
 The one module that talks to gin. The classes themselves know nothing of it.
 """
 import collections
+import contextlib
 import difflib
 import inspect
 import os
 import re
 import tokenize
+
+import mxnet as mx
 
 import gin
 from gn_gluon import checkpoint, data, models, norm, optim
@@ -18,7 +21,8 @@ RECIPES_IN_CLONE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(
 
 #: One statement `key = value` of a gin file or of the command line; `key` is e.g. 'train.norm' or, for a macro, its
 #: name; `origin` is 'file:line' or '--gin_bindings'.
-Binding = collections.namedtuple('Binding', ['key', 'line', 'origin', 'included'])
+#: `macros` are the names of those in its value.
+Binding = collections.namedtuple('Binding', ['key', 'line', 'origin', 'included', 'macros'])
 
 _configured = {}
 _names = []
@@ -34,6 +38,12 @@ def register(cls, name, given=()):
 def configured(cls):
     """The class whose constructor arguments are those that gin has bound for the registered class `cls`."""
     return _configured[cls]
+
+
+def make(cls):
+    """An object of the registered class `cls`, with the arguments that gin has bound."""
+    with errors_named():
+        return _configured[cls]()
 
 
 for _room, _given in ((norm, ('in_channels', 'activation', 'gamma_initializer', 'prefix', 'params')),
@@ -83,8 +93,8 @@ def parse(gin_files, gin_bindings=()):
 
 
 def _parse_file(path, bindings, chain, included):
-    if path in chain:
-        raise UserError('{} includes itself: {}'.format(path, ' -> '.join(chain + (path,))))
+    if os.path.realpath(path) in map(os.path.realpath, chain):
+        raise UserError(f"{path} includes itself: {' -> '.join(chain + (path,))}")
     try:
         with open(path) as file:
             text = file.read()
@@ -116,7 +126,8 @@ def _parse_text(text, origin, bindings, chain, included):
                     gin.bind_parameter((key, 'gin.macro', 'value'), statement.value)
             except (ValueError, TypeError) as error:
                 raise _explained(error, text, origin, statement.location.line_num) from None
-            bindings.append(Binding(key, statement.location.line_content.strip(), where, included))
+            macros = re.findall(r'%([\w./]+)', repr(statement.value))
+            bindings.append(Binding(key, statement.location.line_content.strip(), where, included, macros))
         elif isinstance(statement, gin.config_parser.ImportStatement):
             raise UserError('{}: imports are not supported in gin files; configurables are {}'.format(
                 where, ', '.join(norm.__all__ + models.__all__ + data.__all__)))
@@ -162,8 +173,14 @@ def statements(text):
 
 
 def unused(bindings):
-    """The Bindings that nothing built so far has used."""
-    used = statements(operative_config())
+    """The Bindings that nothing built so far has used.
+
+    A macro is used where a statement names it, even one that a later statement overrides; an argument is used, too,
+    where only a scope of its configurable was built (`@stem/GroupNorm`), which inherits it.
+    """
+    used = set(statements(operative_config()))
+    used.update(macro for binding in bindings for macro in binding.macros)
+    used.update(key.rsplit('/', 1)[-1] for key in list(used) if '.' in key)
     return [binding for binding in bindings if binding.key not in used]
 
 
@@ -173,6 +190,18 @@ def refuse_unused(bindings):
         if not binding.included:
             raise UserError(f'{binding.origin}: `{binding.line}` is bound but this run does not use it; remove it or '
                             'correct its name')
+
+
+@contextlib.contextmanager
+def errors_named():
+    """What gin's values do to the constructors they are given to becomes a UserError that names the configurable."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, ArithmeticError, mx.MXNetError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and 'Stack trace' not in line]
+        call = [line for line in lines if line.startswith('In call to configurable')]
+        what = next((line for line in lines if 'Check failed' in line), lines[0] if lines else repr(error))
+        raise UserError(f"the config does not fit: {what}{' (' + call[0] + ')' if call else ''}") from error
 
 
 def one_line(error):

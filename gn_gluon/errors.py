@@ -32,3 +32,5 @@ def command(main):
         sys.exit(error.exit_code)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -27,11 +27,18 @@ def main():
     if not os.path.exists(recorded) and flags.checkpoint in ('last', 'best') and not flags.plan:
         raise UserError('no run in {}; train it with: python -m gn_gluon.train {}'.format(
             workdir, ' '.join('--gin_file ' + path for path in flags.gin_file) or '--gin_file FILE'))
-    gin_files = [recorded] if os.path.exists(recorded) else flags.gin_file
+    gin_files = flags.gin_file
+    if os.path.exists(recorded):
+        if flags.gin_file:
+            config.parse(flags.gin_file)
+            asked = config.make(experiment.Experiment)
+            config.parse([recorded])
+            experiment.refuse_other_experiment(asked, config.make(experiment.Experiment), workdir)
+        gin_files = [recorded]
     bindings = config.parse(gin_files, flags.gin_bindings)
     # The recorded config also holds what only training uses; of the command line everything must be used.
     bindings = [binding for binding in bindings if binding.origin.startswith('--')]
-    made = config.configured(experiment.Experiment)()
+    made = config.make(experiment.Experiment)
     data_dir = flags.data_dir or experiment.recorded_data_dir(workdir)
     if flags.plan:
         plan.print_plan(made, bindings, workdir, data_dir)

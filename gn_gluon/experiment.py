@@ -1,10 +1,11 @@
 """Joins data, model, optimizer and loop as a gin file says, and owns the run folder."""
 import contextlib
 import fcntl
-import importlib.metadata
 import json
+import math
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import numpy as np
 from mxnet import gluon
 
 from gn_gluon import __version__, compat, config, optim
-from gn_gluon.checkpoint import Checkpoints, load_parameters, signals_as_interrupts, write_text
+from gn_gluon.checkpoint import Checkpoints, check_finite, load_parameters, read_json, signals_as_interrupts, write_text
 from gn_gluon.data import loader
-from gn_gluon.errors import Interrupted, UserError
+from gn_gluon.data.dataset import Dataset
+from gn_gluon.errors import Interrupted, NaNLossError, UserError
 from gn_gluon.log import RunLog, read_rows
 from gn_gluon.loop import evaluate, train_epoch
 from gn_gluon.metrics import Metrics
@@ -26,7 +28,12 @@ from gn_gluon.plot import plot_curves
 from gn_gluon.replicas import Replicas, parse_devices
 
 #: What may differ when a run is resumed: where it runs, not what it computes.
-RESUMABLE_WITH_OTHER = ('train.devices', 'train.kvstore', 'train.validation_batch', 'checkpoint.minutes')
+RESUMABLE_WITH_OTHER = ('train.devices', 'train.kvstore', 'train.images_at_once', 'train.validation_batch',
+                        'checkpoint.minutes')
+
+
+_KINDS = {'norm': gluon.HybridBlock, 'model': gluon.HybridBlock, 'dataset': Dataset, 'optimizer': optim.Optimizer,
+          'schedule': optim.Schedule}
 
 
 class Experiment:
@@ -46,26 +53,32 @@ class Experiment:
         dtype: 'float32'.
         devices: see replicas.parse_devices.
         initial_weights: path of a .params file to start from; its classifier may have another number of classes.
+        images_at_once: replicas whose samples do not see one another go through a device together, up to so many
+            images; lower it when memory runs out (see replicas.Replicas).
         validation_batch: images at a time in evaluation; it has no effect on the result.
     """
 
     def __init__(self, norm=None, model=None, dataset=None, optimizer=None, schedule=None, num_replicas=1,
                  batch_per_replica=32, num_epochs=100, base_learning_rate=None, reference_batch=None,
                  learning_rate=None, weight_decay=1e-4, decay_gamma_beta=True, gradient_clip_norm=None, seed=0,
-                 kvstore='device', dtype='float32', devices='auto', initial_weights=None, validation_batch=200):
+                 kvstore='device', dtype='float32', devices='auto', initial_weights=None, images_at_once=32,
+                 validation_batch=200):
         for name, value in (('norm', norm), ('model', model), ('dataset', dataset), ('optimizer', optimizer),
                             ('schedule', schedule)):
-            if not isinstance(value, type):
+            if not (isinstance(value, type) and issubclass(value, _KINDS[name])):
                 raise UserError('train.{0} is {1}; bind it to a class by reference, such as train.{0} = @{2}'.format(
                     name, 'not bound' if value is None else repr(value),
                     {'norm': 'GroupNorm', 'model': 'CifarResNet', 'dataset': 'CIFAR10', 'optimizer': 'SGD',
                      'schedule': 'StepSchedule'}[name]))
         for name, value in (('num_replicas', num_replicas), ('batch_per_replica', batch_per_replica),
-                            ('num_epochs', num_epochs), ('validation_batch', validation_batch)):
+                            ('num_epochs', num_epochs), ('images_at_once', images_at_once),
+                            ('validation_batch', validation_batch)):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f'train.{name} = {value!r} must be a whole number above 0')
-        if not isinstance(seed, int) or seed < 0:
-            raise UserError(f'train.seed = {seed!r} must be a whole number, 0 or more')
+        if not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise UserError(f'train.seed = {seed!r} must be a whole number from 0 to 2**31 - 1')
+        if not (initial_weights is None or isinstance(initial_weights, str)):
+            raise UserError(f'train.initial_weights = {initial_weights!r} must be the path of a .params file')
         if not weight_decay >= 0:
             raise UserError(f'train.weight_decay = {weight_decay!r} must be 0 or more')
         if gradient_clip_norm is not None and not gradient_clip_norm > 0:
@@ -81,7 +94,8 @@ class Experiment:
         self.weight_decay, self.decay_gamma_beta = weight_decay, decay_gamma_beta
         self.gradient_clip_norm = gradient_clip_norm
         self.seed, self.kvstore, self.dtype, self.devices = seed, kvstore, dtype, devices
-        self.initial_weights, self.validation_batch = initial_weights, validation_batch
+        self.initial_weights = initial_weights
+        self.images_at_once, self.validation_batch = images_at_once, validation_batch
 
 
 config.register(Experiment, 'train')
@@ -104,33 +118,36 @@ class Built:
         self.workdir = workdir
         name = experiment.dataset.name
         self.data_dir = data_dir or (os.path.join('datasets', name) if name else None)
-        self.dataset = experiment.dataset(data_dir=self.data_dir)
+        with config.errors_named():
+            self.dataset = experiment.dataset(data_dir=self.data_dir)
         self._loaded = description is not None or self.dataset.num_classes is None
         if description is not None:
             self.dataset.restore(description)
         elif self._loaded:
             self.dataset.load()
-        self.net = experiment.model(norm=experiment.norm, num_classes=self.dataset.num_classes)
-        self.net.infer_shape(mx.nd.zeros((1,) + self.dataset.image_shape))
+        with config.errors_named():
+            self.net = experiment.model(norm=experiment.norm, num_classes=self.dataset.num_classes)
+            self.net.infer_shape(mx.nd.zeros((1,) + self.dataset.image_shape))
+            self.optimizer = experiment.optimizer()
+            self.schedule = experiment.schedule()
+            self.checkpoints = config.configured(Checkpoints)(workdir)
         #: By structural name ('layers.0.weight'): the same in every process, unlike Gluon's counted prefixes.
         self.parameters = self.net._collect_params_with_prefix()
-        self.optimizer = experiment.optimizer()
-        self.schedule = experiment.schedule()
-        self.checkpoints = config.configured(Checkpoints)(workdir)
 
     def load(self):
-        """Read the data set, once. Raises UserError when it does not fill one update."""
+        """Read the data set, once."""
         if not self._loaded:
             self.dataset.load()
             self._loaded = True
-        if self.steps_per_epoch < 1:
-            raise UserError(f'{self.dataset.num_train} training images do not fill one update of '
-                            f'{self.experiment.num_replicas} replicas x {self.experiment.batch_per_replica} images')
 
     @property
     def steps_per_epoch(self):
-        """Updates per epoch."""
-        return self.dataset.num_train // self.experiment.batch_size
+        """Updates per epoch. Raises UserError when the images do not fill one."""
+        steps = self.dataset.num_train // self.experiment.batch_size
+        if steps < 1:
+            raise UserError(f'{self.dataset.num_train} training images do not fill one update of '
+                            f'{self.experiment.num_replicas} replicas x {self.experiment.batch_per_replica} images')
+        return steps
 
     def learning_rate(self, num_updates):
         """The rate of the update that follows `num_updates` updates."""
@@ -148,11 +165,11 @@ class Built:
         for parameter in self.parameters.values():
             parameter._finish_deferred_init()
 
-    def make_updater(self, num_updates=0):
+    def make_updater(self):
         """The optim.Updater of the initialized network."""
         return optim.Updater(
             self.parameters, self.optimizer, self.experiment.weight_decay, self.experiment.decay_gamma_beta,
-            self.experiment.gradient_clip_norm, self.experiment.kvstore, num_updates)
+            self.experiment.gradient_clip_norm, self.experiment.kvstore)
 
 
 def train(experiment, bindings, workdir, data_dir=None):
@@ -162,18 +179,22 @@ def train(experiment, bindings, workdir, data_dir=None):
         experiment: Experiment.
         bindings: the config.Bindings that made it; one the run does not use is refused.
         workdir: the run folder itself.
-        data_dir: folder of the data set; None: the recorded one, or datasets/NAME.
+        data_dir: folder of the data set; None: datasets/NAME.
     Raises UserError for bad input, NaNLossError, Interrupted after a signal; the last checkpoint is kept in each case.
     """
     built = Built(experiment, workdir, data_dir)
     config.refuse_unused(bindings)
     active_operator()
     devices = parse_devices(experiment.devices, experiment.num_replicas)
+    if experiment.kvstore == 'nccl' and devices[0].device_type == 'cpu':
+        raise UserError("train.kvstore = 'nccl' is for GPUs; on CPUs use 'device'")
     built.load()
     with _run_folder(workdir), signals_as_interrupts() as check_signals:
+        built.checkpoints.recover()
         resumed = built.checkpoints.exists()
         if resumed:
             _refuse_other_config(workdir)
+            _refuse_other_data(workdir, built.dataset)
         else:
             write_text(os.path.join(workdir, 'config.gin'), config.operative_config())
         _write_environment(built, devices, resumed)
@@ -204,22 +225,20 @@ class _Run:
         self.built, self.devices, self.check_signals = built, devices, check_signals
         experiment = built.experiment
         self.replicas = Replicas(built.net, gluon.loss.SoftmaxCrossEntropyLoss(), devices, experiment.num_replicas,
-                                 experiment.batch_per_replica)
-        position = built.checkpoints.load_state() if resumed else {}
+                                 experiment.batch_per_replica, experiment.images_at_once)
+        self.updater = built.make_updater()
+        position = built.checkpoints.load('last', built.parameters, self.updater) if resumed else {}
         self.epoch, self.step = position.get('epoch', 0), position.get('step', 0)
         self.best_top1_error = position.get('best_top1_error')
         self.metrics = Metrics(**position.get('metrics', {}))
         self.seconds, self.wait_seconds = position.get('seconds', 0.0), position.get('wait_seconds', 0.0)
         num_updates = self.epoch * built.steps_per_epoch + self.step
-        self.updater = built.make_updater(num_updates)
-        if resumed:
-            built.checkpoints.load('last', built.parameters, self.updater)
         self.log = RunLog(built.workdir, experiment.num_epochs, built.steps_per_epoch, self.epoch, num_updates)
         print(f'{type(built.dataset).__name__}: {built.dataset.num_train} training and {built.dataset.num_validation} '
               f'validation images, {built.steps_per_epoch} updates per epoch')
         print(self.replicas.describe())
-        print(f'{compat.num_threads()} threads, set by {compat.threads_set_by}; norm operator: '
-              f'{": ".join(active_operator())}')
+        print(f'{compat.num_threads()} threads, set by {compat.threads_set_by}')
+        print(f'norms {active_operator()[1]}')
         if resumed:
             print(f'resuming {built.workdir} after epoch {self.epoch}, update {self.step} of {built.steps_per_epoch}')
         self.log.table_head()
@@ -232,8 +251,7 @@ class _Run:
         built, experiment = self.built, self.built.experiment
         batches = loader.train_batches(built.dataset, experiment.batch_size, experiment.seed, self.epoch, self.step)
         if self.epoch == 0 and self.step == 0:
-            first = next(iter(loader.train_batches(built.dataset, experiment.batch_size, experiment.seed, 0)))
-            self.log.images(first.images, 0)
+            self.log.images(loader.first_images(built.dataset, 16, experiment.seed))
         self.log.start_epoch(self.epoch, self.step)
         seconds_before, wait_before, start = self.seconds, self.wait_seconds, time.perf_counter()
 
@@ -248,10 +266,15 @@ class _Run:
 
         train_epoch(self.replicas, self.updater, batches, self.metrics, built.learning_rate, experiment.seed, on_step)
         self.check_signals()
+        check_finite(built.parameters, self.updater, built.workdir)
         start = time.perf_counter()
         validation = evaluate(
             built.net, self.devices, loader.validation_batches(built.dataset, experiment.validation_batch),
             lambda _: self.check_signals())
+        if not math.isfinite(validation.loss):
+            raise NaNLossError(f'the validation loss is {validation.loss} after update {self.updater.num_updates}; '
+                               'lower '
+                               'the learning rate or clip the gradients (train.gradient_clip_norm)')
         self.log.end_epoch(
             self.epoch, self.updater.num_updates, self.metrics, validation,
             built.learning_rate(self.updater.num_updates - 1), self.seconds, time.perf_counter() - start,
@@ -288,6 +311,15 @@ def evaluate_run(experiment, bindings, workdir, data_dir=None, checkpoint='last'
             'images_per_second': metrics.num_samples / (time.perf_counter() - start)}
 
 
+def refuse_other_experiment(asked, recorded, workdir):
+    """Raise UserError when the Experiment `asked` for is not of the norm, model and data of the run in `workdir`."""
+    for what in ('norm', 'model', 'dataset'):
+        there, here = getattr(recorded, what).__name__, getattr(asked, what).__name__
+        if there != here:
+            raise UserError(f'the run in {workdir} has train.{what} = @{there}, not @{here} as the gin file says; give '
+                            'its own gin file, or --workdir alone')
+
+
 def load_weights(built, checkpoint):
     """Load 'last', 'best', a checkpoint folder or a .params file; returns its path and its number of epochs."""
     if checkpoint in ('last', 'best') and not built.checkpoints.exists(checkpoint):
@@ -307,8 +339,7 @@ def peak_memory(devices):
     gpus = [device.device_id for device in devices if device.device_type == 'gpu']
     if gpus:
         return max(total - free for free, total in map(mx.context.gpu_memory_info, gpus))
-    with open('/proc/self/status') as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith('VmHWM'))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 @contextlib.contextmanager
@@ -345,6 +376,22 @@ def _refuse_other_config(workdir):
             workdir, '; '.join(differing)))
 
 
+def _refuse_other_data(workdir, dataset):
+    path = os.path.join(workdir, 'dataset.json')
+    before = read_json(path, 'choose another --workdir')
+    now = json.loads(json.dumps(dataset.describe()))
+    differing = [f'{key}: {_short(before.get(key))} there, {_short(now[key])} now' for key in now
+                 if before.get(key) != now[key]]
+    if differing:
+        raise UserError(f"{workdir} was trained on other data ({'; '.join(differing)}); give the same --data_dir, or "
+                        'choose another --workdir')
+
+
+def _short(value):
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + '...'
+
+
 def _write_environment(built, devices, resumed):
     """What made the run: versions, hardware, commit, command."""
     path = os.path.join(built.workdir, 'environment.json')
@@ -352,14 +399,13 @@ def _write_environment(built, devices, resumed):
     environment = {
         'command': sys.argv, 'started': now, 'resumed': [],
         'gn_gluon': __version__, 'commit': _git_commit(), 'mxnet': mx.__version__,
-        'gluoncv': importlib.metadata.version('gluoncv'),
+        'gluoncv': compat.version('gluoncv'),
         'numpy': np.__version__, 'python': platform.python_version(), 'platform': platform.platform(),
         'host': platform.node(), 'devices': [str(device) for device in devices],
         'threads': compat.num_threads(), 'norm_operator': active_operator()[0],
         'data_dir': built.data_dir and os.path.abspath(built.data_dir)}
     if resumed and os.path.exists(path):
-        with open(path) as file:
-            before = json.load(file)
+        before = read_json(path, 'delete it to go on without it')
         environment.update(started=before['started'], resumed=before['resumed'] + [now])
     write_text(path, json.dumps(environment, indent=1))
 
@@ -369,8 +415,7 @@ def recorded_data_dir(workdir):
     path = os.path.join(workdir, 'environment.json')
     if not os.path.exists(path):
         return None
-    with open(path) as file:
-        folder = json.load(file).get('data_dir')
+    folder = read_json(path, 'delete it and give --data_dir').get('data_dir')
     return folder if folder and os.path.isdir(folder) else None
 
 

@@ -1,6 +1,5 @@
 """python -m gn_gluon.info: versions, devices, threads, the active norm operator, and what is missing."""
 import argparse
-import importlib.metadata
 import os
 import platform
 import re
@@ -20,7 +19,7 @@ FEATURES = (('oneDNN', 'MKLDNN'), ('CUDA', 'CUDA'), ('cuDNN', 'CUDNN'), ('NCCL',
 def sections():
     """Everything that info prints: a list of (title, rows), a row being (name, value)."""
     flavours = compat.flavours()
-    versions = {package: _version(package) for package in PACKAGES}
+    versions = {package: compat.version(package) for package in PACKAGES}
     num_gpus = mx.context.num_gpus()
     operator, reason = active_operator()
     features = mx.runtime.Features()
@@ -52,13 +51,6 @@ def table(sections):
         lines.append(title)
         lines += [f'  {name:<{width}}  {value}'.rstrip() for name, value in rows]
     return '\n'.join(lines)
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _processor():

@@ -1,4 +1,5 @@
 """What a run says of itself: the console table, metrics.jsonl and steps.jsonl, TensorBoard."""
+import contextlib
 import json
 import os
 import sys
@@ -36,11 +37,11 @@ class RunLog:
         try:
             self._metrics = open(metrics, 'a')
             self._steps = open(steps, 'a')
-            self._board = SummaryWriter(os.path.join(folder, 'tensorboard'), purge_step=num_updates + 1)
+            # Its thread dies on a full disk: with a bounded queue the run would then wait for it for ever.
+            self._board = SummaryWriter(os.path.join(folder, 'tensorboard'), purge_step=num_updates + 1, max_queue=0)
         except OSError as error:
             raise UserError(f'cannot write in {folder}: {error.strerror}') from None
         self._bar = None
-        self._told_at = time.monotonic()
 
     def table_head(self):
         """Print the names of the table's columns."""
@@ -49,6 +50,7 @@ class RunLog:
     def start_epoch(self, epoch, step):
         """Start a progress bar, or plain lines now and then where there is no terminal."""
         self._epoch = epoch
+        self._told_at = time.monotonic()
         if sys.stderr.isatty():
             self._bar = tqdm(total=self.steps_per_epoch, initial=step, unit='update', leave=False,
                              desc=f'epoch {epoch + 1}/{self.num_epochs}')
@@ -68,11 +70,11 @@ class RunLog:
             print(f'epoch {self._epoch + 1}/{self.num_epochs}: update {step} of {self.steps_per_epoch}, loss '
                   f'{loss:.3f}', flush=True)
 
-    def images(self, images, num_updates):
-        """Show up to 16 training images (n, C, H, W) as the network sees them, stretched to the full range."""
-        images = images[:16, :3] if images.shape[1] >= 3 else images[:16, :1]
+    def images(self, images):
+        """Show training images (n, C, H, W) as the network sees them, stretched to the full range."""
+        images = images[:, :3 if images.shape[1] >= 3 else 1]
         low, high = images.min(), images.max()
-        self._board.add_images('train_images', np.uint8(255 * (images - low) / max(high - low, 1e-6)), num_updates)
+        self._board.add_images('train_images', np.uint8(255 * (images - low) / max(high - low, 1e-6)), 0)
 
     def end_epoch(self, epoch, num_updates, train, validation, learning_rate, seconds, validation_seconds, wait_seconds,
                   peak_memory):
@@ -98,7 +100,8 @@ class RunLog:
             for name in ('loss', 'top1_error', 'top5_error', 'images_per_second'):
                 self._board.add_scalar(f'{split}/{name}', row[name], num_updates)
         self._board.add_scalar('train/learning_rate', learning_rate, num_updates)
-        self._board.flush()
+        with contextlib.suppress(OSError):
+            self._board.flush()
         cells = [f'{epoch + 1}/{self.num_epochs}', f'{learning_rate:.5g}',
                  f'{train.loss:.4f}', f'{train.top1_error:.2f}', f'{validation.loss:.4f}',
                  f'{validation.top1_error:.2f}', f'{validation.top5_error:.2f}',
@@ -115,9 +118,10 @@ class RunLog:
     def close(self):
         """Close the files."""
         self.close_bar()
-        self._metrics.close()
-        self._steps.close()
-        self._board.close()
+        for file in (self._metrics, self._steps, self._board):
+            # A row that a full disk refused is tried once more here; the failure has been reported.
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def read_rows(path):

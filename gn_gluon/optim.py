@@ -30,66 +30,83 @@ def learning_rate(learning_rate, base_learning_rate, reference_batch, batch_size
     return base_learning_rate * batch_size / reference_batch if linear else learning_rate
 
 
-class StepSchedule:
+class Schedule:
+    """What fraction of the full rate is used when; subclasses define `factor`.
+
+    Arguments:
+        warmup_epochs: over so many epochs the rate rises linearly, update by update, to its full value.
+        warmup_factor: the fraction of the full rate from which it rises.
+    """
+
+    def __init__(self, warmup_epochs=0, warmup_factor=0.1):
+        if warmup_epochs < 0 or not 0 < warmup_factor <= 1:
+            raise UserError(f'{type(self).__name__}.warmup_epochs = {warmup_epochs} and warmup_factor = '
+                            f'{warmup_factor}: at least 0 epochs, and a factor above 0 and at most 1, are expected')
+        self.warmup_epochs = warmup_epochs
+        self.warmup_factor = warmup_factor
+
+    def __call__(self, epoch, num_epochs):
+        """The fraction of the full rate when `epoch` epochs (a float) of `num_epochs` are done."""
+        warmup = 1.0
+        if epoch < self.warmup_epochs:
+            warmup = self.warmup_factor + (1 - self.warmup_factor) * epoch / self.warmup_epochs
+        return warmup * self.factor(epoch, num_epochs)
+
+
+class StepSchedule(Schedule):
     """The rate is multiplied at given epochs: Section 4.1 divides it by 10 at epochs 30, 60 and 90.
 
     Arguments:
         epochs: ascending epochs, each the number of epochs that are done when the change happens.
         factor: what the rate is multiplied by, one number for all or a tuple with one for each epoch.
-        warmup_epochs: over so many epochs the rate rises linearly, update by update, to its full value.
-        warmup_factor: the fraction of the full rate from which it rises.
+        warmup_epochs, warmup_factor: as of Schedule.
     """
 
     def __init__(self, epochs=(30, 60, 90), factor=0.1, warmup_epochs=0, warmup_factor=0.1):
+        super().__init__(warmup_epochs, warmup_factor)
         factors = tuple(factor) if isinstance(factor, (tuple, list)) else (factor,) * len(epochs)
         if len(factors) != len(epochs) or list(epochs) != sorted(set(epochs)) or min(factors, default=1) <= 0:
             raise UserError(f'StepSchedule.epochs = {epochs} must ascend, with one positive factor (or one for each '
-                            'epoch), '
-                            f'not {factor}')
+                            f'epoch), not {factor}')
         self.changes = list(zip(epochs, factors))
-        self.warmup = _Warmup(warmup_epochs, warmup_factor)
 
-    def __call__(self, epoch, num_epochs):
-        """The fraction of the full rate when `epoch` epochs (a float) of `num_epochs` are done."""
-        return self.warmup(epoch) * math.prod(factor for start, factor in self.changes if epoch >= start)
+    def factor(self, epoch, num_epochs):
+        """The product of the factors so far."""
+        return math.prod(factor for start, factor in self.changes if epoch >= start)
 
 
-class CosineSchedule:
+class CosineSchedule(Schedule):
     """The rate falls along half a cosine to `final_factor` of itself (Loshchilov & Hutter 2017), update by update.
 
     Arguments:
         final_factor: the fraction left at the end of training.
-        warmup_epochs, warmup_factor: as of StepSchedule.
+        warmup_epochs, warmup_factor: as of Schedule.
     """
 
     def __init__(self, final_factor=0.0, warmup_epochs=0, warmup_factor=0.1):
+        super().__init__(warmup_epochs, warmup_factor)
         if not 0 <= final_factor <= 1:
             raise UserError(f'CosineSchedule.final_factor = {final_factor} is not between 0 and 1')
         self.final_factor = final_factor
-        self.warmup = _Warmup(warmup_epochs, warmup_factor)
 
-    def __call__(self, epoch, num_epochs):
-        """The fraction of the full rate when `epoch` epochs (a float) of `num_epochs` are done."""
+    def factor(self, epoch, num_epochs):
+        """Half a cosine from 1 to `final_factor`."""
         cosine = (1 + math.cos(math.pi * epoch / num_epochs)) / 2
-        return self.warmup(epoch) * (self.final_factor + (1 - self.final_factor) * cosine)
+        return self.final_factor + (1 - self.final_factor) * cosine
 
 
-class _Warmup:
-    def __init__(self, epochs, factor):
-        if epochs < 0 or not 0 < factor <= 1:
-            raise UserError(f'warmup_epochs = {epochs} and warmup_factor = {factor}: at least 0 epochs, and a factor '
-                            'above 0 and at '
-                            'most 1, are expected')
-        self.epochs = epochs
-        self.factor = factor
+class Optimizer:
+    """What makes an MXNet optimizer."""
 
-    def __call__(self, epoch):
-        if epoch >= self.epochs:
-            return 1.0
-        return self.factor + (1 - self.factor) * epoch / self.epochs
+    #: MXNet's SGD and NAG keep the rate inside the velocity: when the rate changes, it has to follow (see Updater).
+    velocity_holds_rate = False
+
+    def create(self, **kwargs):
+        """The MXNet optimizer; `kwargs` are those of mx.optimizer.Optimizer."""
+        raise TypeError(f'{type(self).__name__} must define create()')
 
 
-class SGD:
+class SGD(Optimizer):
     """Stochastic gradient descent with (Nesterov) momentum: v = momentum * v + g; w -= rate * (g + momentum * v).
 
     Arguments:
@@ -97,7 +114,6 @@ class SGD:
         nesterov: look ahead as written above; False: w -= rate * v.
     """
 
-    #: MXNet keeps the rate inside the velocity: when the rate changes, the velocity has to follow (see Updater).
     velocity_holds_rate = True
 
     def __init__(self, momentum=0.9, nesterov=True):
@@ -107,15 +123,12 @@ class SGD:
         self.nesterov = nesterov
 
     def create(self, **kwargs):
-        """The MXNet optimizer; `kwargs` are those of mx.optimizer.Optimizer."""
         optimizer = _NAG if self.nesterov and self.momentum else mx.optimizer.SGD
         return optimizer(momentum=self.momentum, **kwargs)
 
 
-class Adam:
+class Adam(Optimizer):
     """Adam (Kingma & Ba 2015), weight decay added to the gradient. Arguments: as in the paper."""
-
-    velocity_holds_rate = False
 
     def __init__(self, beta1=0.9, beta2=0.999, epsilon=1e-8):
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and epsilon > 0):
@@ -125,7 +138,6 @@ class Adam:
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
 
     def create(self, **kwargs):
-        """The MXNet optimizer; `kwargs` are those of mx.optimizer.Optimizer."""
         return mx.optimizer.Adam(beta1=self.beta1, beta2=self.beta2, epsilon=self.epsilon, **kwargs)
 
 
@@ -161,15 +173,14 @@ class Updater:
         weight_decay: for the tensors that decay (`split_by_decay`).
         gradient_clip_norm: largest Euclidean norm of the mean gradient over all tensors; None: no clipping.
         kvstore: the MXNet kvstore between devices.
-        num_updates: updates already made, after a resume.
     """
 
     def __init__(self, parameters, optimizer, weight_decay=0.0, decay_gamma_beta=True, gradient_clip_norm=None,
-                 kvstore='device', num_updates=0):
-        self.optimizer = optimizer.create(learning_rate=1.0, wd=weight_decay, begin_num_update=num_updates)
+                 kvstore='device'):
+        self.optimizer = optimizer.create(learning_rate=1.0, wd=weight_decay)
         self.velocity_holds_rate = optimizer.velocity_holds_rate
         self.gradient_clip_norm = gradient_clip_norm
-        self.num_updates = num_updates
+        self.num_updates = 0
         decaying, spared = split_by_decay(parameters, decay_gamma_beta)
         for name in spared:
             parameters[name].wd_mult = 0.0
@@ -216,6 +227,7 @@ class Updater:
     def load_state_dict(self, arrays, scalars):
         """Take up what `state_dict` returned."""
         self._rate = scalars['learning_rate']
+        self.num_updates = self.optimizer.begin_num_update = self.optimizer.num_update = scalars['num_updates']
         for updater, context in zip(self.trainer._updaters, self.trainer._contexts):
             for index, name in enumerate(self.names):
                 keys = sorted(key for key in arrays if key.split(':', 1)[1] == name)

@@ -28,6 +28,8 @@ def plot_curves(folders, path):
         name = os.path.basename(os.path.normpath(folder))
         for split, style in (('train', '--'), ('validation', '-')):
             chosen = [row for row in rows if row['split'] == split]
+            if not chosen:
+                continue
             epochs = [row['epoch'] + 1 for row in chosen]
             for axis, key in zip(axes, ('loss', 'top1_error')):
                 label = f'{name}, {split}'

@@ -1,6 +1,5 @@
 """python -m gn_gluon.predict IMAGE... --workdir RUN: the five likeliest classes of image files."""
 import argparse
-import json
 import os
 
 from gn_gluon.errors import UserError, command
@@ -20,12 +19,13 @@ def predict(paths, workdir, checkpoint='best'):
     import numpy as np
 
     from gn_gluon import config, experiment
+    from gn_gluon.checkpoint import read_json
     recorded, description = os.path.join(workdir, 'config.gin'), os.path.join(workdir, 'dataset.json')
     if not (os.path.exists(recorded) and os.path.exists(description)):
         raise UserError(f'no run in {workdir} (config.gin and dataset.json are expected there); train one first')
     config.parse([recorded])
-    with open(description) as file:
-        built = experiment.Built(config.configured(experiment.Experiment)(), workdir, description=json.load(file))
+    built = experiment.Built(config.make(experiment.Experiment), workdir,
+                             description=read_json(description, 'train the run again, or give another'))
     built.initialize([mx.cpu()])
     experiment.load_weights(built, checkpoint)
     names = built.dataset.class_names or [f'class {i}' for i in range(built.dataset.num_classes)]

@@ -28,6 +28,8 @@ def parse_devices(devices, num_replicas):
     num_gpus = mx.context.num_gpus()
     if devices == 'auto':
         return [mx.gpu(i) for i in range(min(num_gpus, num_replicas))] or [mx.cpu()]
+    if not isinstance(devices, (str, tuple, list)):
+        raise UserError(f"train.devices = {devices!r} is neither a name such as 'gpu(0-7)' nor a tuple of them")
     contexts = []
     for name in (devices,) if isinstance(devices, str) else devices:
         match = re.match(r'^(cpu|gpu)(?:\((\d+)(?:-(\d+))?\))?$', str(name).strip())
@@ -42,6 +44,8 @@ def parse_devices(devices, num_replicas):
         raise UserError(f"train.devices asks for {missing[0]}, but MXNet sees {num_gpus} GPUs; lower train.devices or "
                         "set it to "
                         "'auto'")
+    if len({context.device_type for context in contexts}) > 1:
+        raise UserError(f'train.devices = {devices!r} mixes CPU and GPU; name devices of one kind')
     if not contexts or len(set(contexts)) != len(contexts):
         raise UserError('train.devices = {!r} names {}'.format(devices, 'a device twice' if contexts else 'no device'))
     if len(contexts) > num_replicas:
@@ -59,9 +63,11 @@ class Replicas:
         loss: Gluon loss that returns one value per image.
         devices: list of contexts.
         num_replicas, batch_per_replica: the layout; replica i takes the i-th part of the batch.
+        images_at_once: where no layer has running statistics, samples do not see one another, and replicas of a
+            device go through the network together, up to so many images: the same sums, in larger batches.
     """
 
-    def __init__(self, net, loss, devices, num_replicas, batch_per_replica):
+    def __init__(self, net, loss, devices, num_replicas, batch_per_replica, images_at_once=32):
         self.net = net
         self.loss = loss
         self.devices = devices
@@ -70,16 +76,21 @@ class Replicas:
         parameters = net._collect_params_with_prefix()
         self.trainable = [p for p in parameters.values() if p.grad_req != 'null']
         self.running = [p for name, p in parameters.items() if name.endswith(_RUNNING)]
-        self.accumulate = num_replicas > len(devices)
+        together = 1 if self.running else max(1, images_at_once // batch_per_replica)
+        #: For each device the replicas of each pass, in order; all passes of a device are of one size.
+        self.passes = [np.split(share, len(share) // _largest_divisor(len(share), together)) for share in self.shares]
+        self.accumulate = max(map(len, self.passes)) > 1
         for parameter in self.trainable:
             parameter.grad_req = 'add' if self.accumulate else 'write'
 
     def describe(self):
         """One line for the log: '8 replicas x 2 images on 1 device (cpu(0))'."""
-        num_replicas = sum(map(len, self.shares))
-        return '{} replica{} x {} image{} on {} device{} ({})'.format(
-            num_replicas, 's' * (num_replicas != 1), self.batch_per_replica, 's' * (self.batch_per_replica != 1),
-            len(self.devices), 's' * (len(self.devices) != 1), ', '.join(map(str, self.devices)))
+        num_replicas, num_devices = sum(map(len, self.shares)), len(self.devices)
+        together = max(len(replicas) for passes in self.passes for replicas in passes)
+        return (f"{num_replicas} replica{'s' * (num_replicas != 1)} x {self.batch_per_replica} "
+                f"image{'s' * (self.batch_per_replica != 1)} on {num_devices} device{'s' * (num_devices != 1)} "
+                f"({', '.join(map(str, self.devices))})"
+                + (f', {together} at a time: this norm keeps samples apart' if together > 1 else ''))
 
     def compute_gradients(self, images, labels):
         """Leave the sum over all images of the loss gradients in the parameters, one part on each device.
@@ -95,13 +106,13 @@ class Replicas:
                 parameter.zero_grad()
         statistics = [_RunningStatistics(self.running, device) for device in self.devices]
         logits = {}
-        for turn in range(len(self.shares[0])):
+        for turn in range(max(map(len, self.passes))):
             # Each computation is only started here, so all devices work at once.
-            working = [i for i, share in enumerate(self.shares) if turn < len(share)]
+            working = [i for i, passes in enumerate(self.passes) if turn < len(passes)]
             for i in working:
-                replica = self.shares[i][turn]
-                rows = slice(replica * self.batch_per_replica, (replica + 1) * self.batch_per_replica)
-                logits[replica] = self._forward_backward(images[rows], labels[rows], self.devices[i])
+                replicas = self.passes[i][turn]
+                rows = slice(replicas[0] * self.batch_per_replica, (replicas[-1] + 1) * self.batch_per_replica)
+                logits[rows.start] = self._forward_backward(images[rows], labels[rows], self.devices[i])
             if self.running:
                 # MXNet's CPU BatchNorm writes them in the backward pass, and in a static graph its engine does not
                 # know: without waiting, what is read here may be the statistics before the pass.
@@ -110,7 +121,7 @@ class Replicas:
                     statistics[i].take_over()
         if self.running:
             self._average(statistics)
-        return [logits[i] for i in range(len(logits))]
+        return [logits[start] for start in sorted(logits)]
 
     def _forward_backward(self, images, labels, device):
         images = mx.nd.array(images, ctx=device)
@@ -129,6 +140,11 @@ class Replicas:
             for other in statistics[1:]:
                 total = total + other.sums[i].as_in_context(total.context)
             parameter.set_data(total / num_replicas)
+
+
+def _largest_divisor(number, limit):
+    """The largest divisor of `number` that is at most `limit`."""
+    return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)
 
 
 class _RunningStatistics:

@@ -28,16 +28,19 @@ def main():
     parser = argparse_flags.ArgumentParser(prog='python -m gn_gluon.train', description=__doc__)
     add_flags(parser)
     flags = parser.parse_args()
-    if not flags.gin_file:
-        raise UserError('no --gin_file given; for a start: python -m gn_gluon.train --gin_file gin/digits_gn_bs2.gin')
-    from gn_gluon import config, experiment, plan  # not at the top: --help must not wait for MXNet
+    recorded = os.path.join(flags.workdir or '', 'config.gin')
+    if not flags.gin_file and not (flags.workdir and os.path.exists(recorded)):
+        raise UserError('neither --gin_file nor the --workdir of a run to go on with is given; for a start: python -m '
+                        'gn_gluon.train --gin_file gin/digits_gn_bs2.gin')
+    from gn_gluon import config, experiment, plan  # here: experiment imports all the rest
     workdir = flags.workdir or default_workdir(flags.gin_file)
-    bindings = config.parse(flags.gin_file, flags.gin_bindings)
-    made = config.configured(experiment.Experiment)()
+    bindings = config.parse(flags.gin_file or [recorded], flags.gin_bindings)
+    made = config.make(experiment.Experiment)
+    data_dir = flags.data_dir or experiment.recorded_data_dir(workdir)
     if flags.plan:
-        plan.print_plan(made, bindings, workdir, flags.data_dir)
+        plan.print_plan(made, bindings, workdir, data_dir)
     else:
-        experiment.train(made, bindings, workdir, flags.data_dir)
+        experiment.train(made, bindings, workdir, data_dir)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,12 @@
 """Bad input gets one sentence and exit code 2 (NaN loss 3), and nothing that was there is lost."""
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 
+import h5py
+import numpy as np
 import pytest
 
 CLONE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -76,6 +79,17 @@ BINDINGS = [
     ("train.devices = 'gpu(64)'", ['gpu(64)', 'GPUs']),
     ("train.devices = 'cpu(0-5)'", ['6 devices', '2 replicas']),
     ("train.seed = -1", ['train.seed']),
+    ("train.seed = 5000000000", ['train.seed']),
+    ("train.devices = 0", ['train.devices']),
+    ("train.kvstore = 'nccl'", ['nccl', 'GPUs']),
+    ("train.weight_decay = '1e-4'", ['config does not fit']),
+    ("StepSchedule.epochs = 30", ['config does not fit', 'StepSchedule']),
+    ("GroupNorm.num_groups = '8'", ['config does not fit', 'GroupNorm']),
+    ("ConvNet.channels = (8, 8, 8, 8)", ['config does not fit']),
+    ("train.model = @GroupNorm", ['config does not fit']),
+    ("train.optimizer = @StepSchedule", ['train.optimizer', '@SGD']),
+    ("train.initial_weights = 3", ['train.initial_weights']),
+    ("train.batch_per_replica = 5000", ['64 training images']),
     ("StepSchedule.epochs = (5, 3)", ['StepSchedule.epochs']),
     ("SGD.momentum = 1.0", ['SGD.momentum']),
     ("ConvNet.channels = ()", ['channels']),
@@ -171,6 +185,101 @@ def test_an_unused_binding_of_eval_is_refused(run_copy):
 
 
 @pytest.mark.slow
+def test_eval_refuses_a_gin_file_that_is_not_the_runs(run_copy):
+    assert_refused(run('gn_gluon.eval', '--gin_file', 'gin/digits_bn_bs2.gin', '--workdir', run_copy),
+                   '@GroupNorm', '@BatchNorm')
+    assert_refused(run('gn_gluon.eval', '--gin_file', 'gin/typo.gin', '--workdir', run_copy), 'typo.gin', 'not found')
+
+
+@pytest.mark.slow
+def test_optimizer_states_are_not_taken_for_weights(run_copy):
+    states = os.path.join(run_copy, 'last', 'trainer.states')
+    assert_refused(run('gn_gluon.eval', '--workdir', run_copy, '--checkpoint', states), 'of another model')
+
+
+def write_h5(folder, number=20, spoil=None):
+    """A set of `number` random images in 2 classes; `spoil(file, ids)` may break it."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    ids = [f'image{i}' for i in range(number)]
+    with h5py.File(folder / 'data.hy', 'w') as file:
+        for i, name in enumerate(ids):
+            group = file.create_group(name)
+            group['image'] = rng.integers(0, 256, (8, 10, 3), dtype=np.uint8)
+            group['label'] = np.eye(2, dtype=np.uint8)[i % 2]
+        if spoil is not None:
+            spoil(file, ids)
+    (folder / 'id.txt').write_text(''.join(name + '\n' for name in ids))
+    return folder
+
+
+def replace(file, name, value):
+    del file[name]
+    file[name] = value
+
+
+H5_FAULTS = {
+    'an id that is not in the file': (lambda file, ids: ids.append('nobody'), ['nobody']),
+    'an image of another shape': (
+        lambda file, ids: replace(file, 'image3/image', np.zeros((9, 10, 3), np.uint8)), ['image3']),
+    'a label that is not one-hot': (lambda file, ids: replace(file, 'image4/label', np.ones(2, np.uint8)), ['image4']),
+    'no id at all': (lambda file, ids: ids.clear(), ['id.txt']),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fault', H5_FAULTS)
+def test_a_fault_in_ones_own_images_is_named(tmp_path, fault):
+    spoil, parts = H5_FAULTS[fault]
+    folder = write_h5(tmp_path / 'mine', spoil=spoil)
+    assert_refused(run('gn_gluon.train', '--gin_file', 'gin/h5_gn.gin', '--data_dir', folder, '--workdir',
+                       tmp_path / 'run'), *parts)
+
+
+@pytest.mark.slow
+def test_ones_own_images_train_and_other_ones_do_not_resume_the_run(tmp_path):
+    command = ['gn_gluon.train', '--gin_file', 'gin/h5_gn.gin', '--workdir', tmp_path / 'run', '--gin_bindings',
+               'train.num_epochs = 2', '--gin_bindings', 'train.batch_per_replica = 8', '--gin_bindings',
+               'CosineSchedule.warmup_epochs = 0']
+    mine, others = write_h5(tmp_path / 'mine'), write_h5(tmp_path / 'others', 40)
+    result = run(*command, '--data_dir', mine)
+    assert result.returncode == 0, result.stderr
+    assert run('gn_gluon.eval', '--workdir', tmp_path / 'run').stdout.endswith('n = 4\n')
+    assert_refused(run(*command, '--data_dir', others), 'num_train', 'other data')
+
+
+def empty(path):
+    path.write_bytes(b'')
+
+
+def cut_file(path):
+    cut(str(path))
+
+
+def mislabel(path):
+    with open(path, 'rb') as file:
+        batch = pickle.load(file)
+    batch[b'labels'][7] = 10
+    with open(path, 'wb') as file:
+        pickle.dump(batch, file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('damage, parts', [(empty, ['empty']), (cut_file, []), (mislabel, ['label 10']),
+                                           (lambda path: path.unlink(), [])])
+def test_a_damaged_data_file_is_named(tmp_path, damage, parts):
+    rng = np.random.default_rng(0)
+    for name in ['test_batch'] + [f'data_batch_{i}' for i in range(1, 6)]:
+        with open(tmp_path / name, 'wb') as file:
+            pickle.dump({b'data': rng.integers(0, 256, (10000, 3072), dtype=np.uint8),
+                         b'labels': [i % 10 for i in range(10000)]}, file)
+    damage(tmp_path / 'data_batch_2')
+    result = run('gn_gluon.train', '--gin_file', 'gin/cifar_gn.gin', '--data_dir', tmp_path, '--workdir',
+                 tmp_path / 'run')
+    assert_refused(result, *(parts + ([] if 'label 10' in parts else ['data_batch_2'])))
+
+
+@pytest.mark.slow
 def test_a_file_that_is_no_image_is_named(trained, run_copy, tmp_path):
     (tmp_path / 'cat.jpg').write_text('no image')
     assert_refused(run('gn_gluon.predict', tmp_path / 'cat.jpg', '--workdir', run_copy), 'cat.jpg')
@@ -196,6 +305,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(trained, run_copy, tmp_path):
     assert_refused(result, 'cannot write')
     assert open(weights, 'rb').read() == before
     assert run('gn_gluon.eval', '--workdir', run_copy).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_between_checkpoints_is_one_sentence_too(gin_file, tmp_path):
+    # steps.jsonl is the first file to outgrow the limit
+    result = run('gn_gluon.train', '--gin_file', gin_file, '--workdir', tmp_path / 'run', '--gin_bindings',
+                 'train.num_epochs = 300', '--gin_bindings', 'checkpoint.minutes = 60',
+                 preexec_fn=full_disk(20000))
+    assert result.returncode == 2  # tensorboardX's own clean-up tells of its failure, too, after our sentence
+    assert [line for line in result.stderr.splitlines() if line.startswith('error: cannot write')]
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """The commands of the README, end to end on real images: the embedded digits."""
+import fcntl
 import json
 import os
+import struct
 import subprocess
 import sys
+import termios
 
 import cv2
 import pytest
@@ -82,6 +85,26 @@ def test_predict_names_the_classes_of_image_files(run_folder, tmp_path):
     first = [line.split(': ')[1].split(' ')[0] for line in lines]
     assert len(lines) == 20 and all(line.count('%') == 5 for line in lines)
     assert sum(name == str(label) for name, label in zip(first, labels)) >= 15
+
+
+def test_a_terminal_gets_a_progress_bar_with_the_time_left(tmp_path):
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 120, 0, 0))  # rows, columns
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'gn_gluon.train', '--gin_file', 'gin/digits_gn_bs32.gin', '--workdir',
+         str(tmp_path / 'run'), '--gin_bindings', 'train.num_epochs = 1'], cwd=CLONE, stdout=subprocess.PIPE,
+        stderr=slave, text=True)
+    os.close(slave)
+    shown = b''
+    try:
+        while True:
+            shown += os.read(master, 65536)
+    except OSError:  # Linux says so when the other side is closed
+        os.close(master)
+    table = process.communicate()[0]
+    assert process.returncode == 0
+    assert b'epoch 1/1:' in shown and b'/44 [' in shown and b'update/s' in shown and b'loss=' in shown
+    assert '1/1' in table
 
 
 def test_curves_of_several_runs_go_into_one_picture(run_folder, tmp_path):

@@ -52,7 +52,7 @@ def test_adam_continues_its_bias_correction_after_a_resume():
         if step == 3:
             arrays, scalars = updater.state_dict()
             parameters = make_parameters({'a.weight': parameters['a.weight'].data().asnumpy()})
-            updater = optim.Updater(parameters, optim.Adam(), num_updates=3)
+            updater = optim.Updater(parameters, optim.Adam())
             updater.load_state_dict(arrays, scalars)
         set_gradient(parameters['a.weight'], gradient)
         updater.update(0.01, 1)

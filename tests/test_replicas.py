@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mxnet import gluon
 
-from gn_gluon import BatchNorm, GroupNorm, optim
+from gn_gluon import BatchNorm, BatchRenorm, GroupNorm, optim
 from gn_gluon.errors import UserError
 from gn_gluon.models import ConvNet
 from gn_gluon.replicas import Replicas, parse_devices
@@ -16,7 +16,7 @@ def group_norm(**kwargs):
     return GroupNorm(num_groups=4, **kwargs)
 
 
-def train(norm, devices, num_replicas, batch_per_replica, updates=UPDATES):
+def train(norm, devices, num_replicas, batch_per_replica, images_at_once=1):
     """Returns weights before and after, by name, of the same training on the given layout."""
     mx.random.seed(0)
     net = ConvNet(norm=norm, num_classes=4, channels=(8, 16), dropout=0)
@@ -27,10 +27,11 @@ def train(norm, devices, num_replicas, batch_per_replica, updates=UPDATES):
     for parameter in parameters.values():
         parameter._finish_deferred_init()
     before = {name: p.list_data()[0].asnumpy() for name, p in parameters.items()}
-    replicas = Replicas(net, gluon.loss.SoftmaxCrossEntropyLoss(), devices, num_replicas, batch_per_replica)
+    replicas = Replicas(net, gluon.loss.SoftmaxCrossEntropyLoss(), devices, num_replicas, batch_per_replica,
+                        images_at_once)
     updater = optim.Updater(parameters, optim.SGD(), weight_decay=1e-4)
     rng = np.random.default_rng(0)
-    for _ in range(updates):
+    for _ in range(UPDATES):
         images, labels = rng.normal(size=(16, 3, 8, 8)).astype(np.float32), rng.integers(0, 4, 16)
         logits = replicas.compute_gradients(images, labels)
         assert sum(len(part) for part in logits) == 16
@@ -48,7 +49,7 @@ def distance(a, b, start):
             / np.sqrt(sum(((a[n] - start[n]) ** 2).sum() for n in names)))
 
 
-@pytest.mark.parametrize('norm', [group_norm, BatchNorm])
+@pytest.mark.parametrize('norm', [group_norm, BatchNorm, BatchRenorm])
 @pytest.mark.parametrize('num_devices', [3, 8])
 def test_eight_replicas_on_one_device_equal_eight_on_several(norm, num_devices):
     start, one = train(norm, [mx.cpu()], 8, 2)
@@ -64,6 +65,17 @@ def test_group_norm_of_eight_replicas_equals_one_batch_of_sixteen():
     start, replicas = train(group_norm, [mx.cpu()], 8, 2)
     _, whole = train(group_norm, [mx.cpu()], 1, 16)
     assert distance(replicas, whole, start) <= 1e-4
+
+
+@pytest.mark.parametrize('images_at_once, passes', [(1, 8), (4, 4), (7, 4), (16, 1), (32, 1)])
+def test_replicas_that_go_through_the_network_together_make_the_same_update(images_at_once, passes):
+    net = ConvNet(norm=group_norm, num_classes=4, channels=(8,))
+    assert len(Replicas(net, None, [mx.cpu()], 8, 2, images_at_once).passes[0]) == passes
+    net = ConvNet(norm=BatchNorm, num_classes=4, channels=(8,))
+    assert len(Replicas(net, None, [mx.cpu()], 8, 2, images_at_once).passes[0]) == 8
+    start, alone = train(group_norm, [mx.cpu()], 8, 2)
+    _, together = train(group_norm, [mx.cpu()], 8, 2, images_at_once)
+    assert distance(alone, together, start) <= 1e-5
 
 
 def test_batch_norm_sees_two_images_at_a_time_not_sixteen():

@@ -119,6 +119,34 @@ def test_kill_anywhere_changes_nothing(folder, undisturbed, place, number):
     assert kill_and_resume(folder, place, number) == undisturbed
 
 
+OTHER_WAYS = {
+    'adam': ['train.optimizer = @Adam', 'train.learning_rate = 0.001'],
+    'cosine and clipping': ['train.schedule = @CosineSchedule', 'train.gradient_clip_norm = 0.5'],
+    'two devices': ["train.devices = 'cpu(0-1)'"],
+    'renorm': ['train.norm = @BatchRenorm'],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', OTHER_WAYS)
+def test_every_way_of_training_resumes(folder, way):
+    config = CONFIG + '\n'.join(OTHER_WAYS[way])
+    if 'CosineSchedule' in config:
+        config = config.replace('StepSchedule.epochs = (1, 2)\n', '')
+    path = folder / f'{way}.gin'
+    path.write_text(config)
+    arguments = ['--gin_file', str(path), '--workdir']
+    for name in (f'{way} whole', f'{way} cut'):
+        if name.endswith('cut'):
+            killed = subprocess.run(
+                [sys.executable, '-c', KILLER, *MID_EPOCH, '9', *arguments, str(folder / name)], cwd=CLONE,
+                capture_output=True, text=True)
+            assert killed.returncode == -signal.SIGKILL, killed.stderr
+        subprocess.run([sys.executable, '-m', 'gn_gluon.train', *arguments, str(folder / name)], cwd=CLONE, check=True,
+                       capture_output=True)
+    assert what_remains(folder, f'{way} cut') == what_remains(folder, f'{way} whole')
+
+
 @pytest.mark.slow
 def test_kill_from_outside_at_odd_times_changes_nothing(folder, undisturbed):
     for attempt in range(8):
@@ -152,6 +180,13 @@ def test_a_signal_saves_says_so_and_the_run_goes_on(folder, undisturbed, signum,
 
 def test_a_finished_run_is_not_trained_again(folder, undisturbed):
     train(folder, 'undisturbed')
+    assert what_remains(folder, 'undisturbed') == undisturbed
+
+
+def test_the_run_folder_alone_is_enough_to_go_on(folder, undisturbed):
+    result = subprocess.run([sys.executable, '-m', 'gn_gluon.train', '--workdir', str(folder / 'undisturbed')],
+                            cwd=CLONE, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     assert what_remains(folder, 'undisturbed') == undisturbed
 
 

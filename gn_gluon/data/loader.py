@@ -42,6 +42,12 @@ def train_batches(dataset, batch_size, seed, epoch, start_step=0):
     return Prefetcher(make_batch, range(start_step, dataset.num_train // batch_size))
 
 
+def first_images(dataset, number, seed):
+    """The first images of the first epoch, augmented: (number or fewer, C, H, W) float32."""
+    indices = epoch_order(dataset.num_train, seed, 0)[:number]
+    return dataset.train_batch(indices, epoch_draws(dataset.num_train, dataset.num_draws, seed, 0)[indices])
+
+
 def validation_batches(dataset, batch_size):
     """Batches that hold every validation image exactly once; the last is padded with its last image."""
     num_validation = dataset.num_validation

@@ -74,6 +74,8 @@ def batch_renorm(F, x, gamma, beta, running_mean, running_var, residual, r_max, 
     in a hybridized graph. In inference its mean and deviation are the running ones, which makes r = 1 and d = 0.
     """
     x = plain(F, x)
+    # One consumer each: with several, a static graph adds too much to a gradient of grad_req 'add'.
+    gamma, beta = F.identity(gamma), F.identity(beta)
     # Copied before BatchNorm, which on a GPU updates them in its forward pass.
     old_mean, old_var = F.BlockGrad(running_mean), F.BlockGrad(running_var)
     wide = widen(F, x, dtype)
