@@ -100,7 +100,7 @@ def kill_and_resume(folder, place, number):
 
 
 MID_EPOCH = ('gn_gluon.optim', 'Updater.update')
-MID_WRITE = [('os', 'rename'), ('os', 'fsync'), ('mxnet.nd', 'save'), ('shutil', 'copytree')]
+MID_WRITE = [('os', 'rename'), ('os', 'fsync'), ('mxnet.ndarray', 'save'), ('shutil', 'copytree')]
 
 
 def test_kill_in_the_middle_of_an_epoch_changes_nothing(folder, undisturbed):
