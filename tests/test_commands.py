@@ -50,7 +50,6 @@ def test_a_run_leaves_what_the_design_promises(run_folder):
 
 def test_tensorboard_files_hold_loss_error_rate_and_images(run_folder):
     from tensorboardX.proto import event_pb2
-    from tensorboardX.record_writer import masked_crc32c  # noqa: F401 - the format that is read here
     tags = set()
     for path in (run_folder / 'tensorboard').iterdir():
         data = path.read_bytes()
@@ -125,8 +124,7 @@ def test_weights_of_another_number_of_classes_start_a_run(run_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('norm', ['gn', 'bn'])
 def test_the_first_command_reaches_its_error(norm, tmp_path):
-    output = run('gn_gluon.train', '--gin_file', f'gin/digits_{norm}_bs2.gin', '--workdir', tmp_path / 'run')
+    run('gn_gluon.train', '--gin_file', f'gin/digits_{norm}_bs2.gin', '--workdir', tmp_path / 'run')
     rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
-    print(output)
     assert rows[-1]['num_samples'] == 360
-    assert rows[-1]['top1_error'] <= (2.8 if norm == 'gn' else 50)
+    assert rows[-1]['top1_error'] <= (2.8 if norm == 'gn' else 10)
