@@ -25,7 +25,7 @@ setup(
     python_requires='>=3.8,<3.13',
     packages=find_packages(include=['gn_gluon', 'gn_gluon.*']) + ['gn_gluon.recipes'],
     package_dir={'gn_gluon.recipes': 'gin'},
-    package_data={'gn_gluon.recipes': ['*.gin']},
+    package_data={'gn_gluon.recipes': ['*.gin'], 'gn_gluon.norm': ['native/*']},
     options={'build': {'build_base': build_folder}, 'egg_info': {'egg_base': build_folder}},
     # Bounded by the next, untested major version: gluoncv, of 2022, asks for any pandas, Pillow and scipy.
     install_requires=[
@@ -58,6 +58,7 @@ setup(
             'nvidia-nccl-cu11==2.21.5',
             'nvidia-nvtx-cu11==11.8.86',
         ],
-        'test': ['pytest', 'ruff'],
+        # NVRTC shows without a GPU that the CUDA kernels compile.
+        'test': ['pytest', 'ruff', 'nvidia-cuda-nvrtc-cu11==11.8.89; platform_machine == "x86_64"'],
     },
 )

@@ -13,7 +13,7 @@ import tokenize
 import mxnet as mx
 
 import gin
-from gn_gluon import checkpoint, data, models, norm, optim
+from gn_gluon import checkpoint, data, models, norm, optim, percentiles
 from gn_gluon.errors import UserError
 
 RECIPES_INSTALLED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'recipes')
@@ -52,6 +52,7 @@ for _room, _given in ((norm, ('in_channels', 'activation', 'gamma_initializer', 
         if isinstance(getattr(_room, _name), type):
             register(getattr(_room, _name), _name, _given)
 register(checkpoint.Checkpoints, 'checkpoint', ('folder',))
+register(percentiles.Percentiles, 'percentiles', ('net',))
 
 
 def find_file(path, included_from=None):

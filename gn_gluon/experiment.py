@@ -1,12 +1,12 @@
 """Joins data, model, optimizer and loop as a gin file says, and owns the run folder."""
 import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
 import platform
-import resource
-import statistics
+import re
 import subprocess
 import sys
 import time
@@ -22,14 +22,18 @@ from gn_gluon.data.dataset import Dataset
 from gn_gluon.errors import Interrupted, NaNLossError, UserError
 from gn_gluon.log import RunLog, read_rows
 from gn_gluon.loop import evaluate, train_epoch
-from gn_gluon.metrics import Metrics
+from gn_gluon.metrics import Metrics, headline
 from gn_gluon.norm.operator import active_operator
-from gn_gluon.plot import plot_curves
-from gn_gluon.replicas import Replicas, parse_devices
+from gn_gluon.percentiles import Percentiles
+from gn_gluon.plot import plot_curves, plot_percentiles
+from gn_gluon.precision import NARROW, check_trainable
+from gn_gluon.replicas import Replicas, check_kvstore, gpus_seen, out_of_memory_explained, parse_devices
+from gn_gluon.statistics import batch_statistics, layers_with_running_statistics, population_moments, running_statistics
 
 #: What may differ when a run is resumed: where it runs, not what it computes.
 RESUMABLE_WITH_OTHER = ('train.devices', 'train.kvstore', 'train.images_at_once', 'train.validation_batch',
-                        'checkpoint.minutes')
+                        'checkpoint.minutes', 'percentiles.layer', 'percentiles.num_images',
+                        'percentiles.times_per_epoch', 'ImageNet.workers')
 
 
 _KINDS = {'norm': gluon.HybridBlock, 'model': gluon.HybridBlock, 'dataset': Dataset, 'optimizer': optim.Optimizer,
@@ -50,18 +54,19 @@ class Experiment:
         gradient_clip_norm: largest norm of the mean gradient, or None.
         seed: of the initial weights, the order, the augmentation and dropout.
         kvstore: 'device', 'local' or 'nccl'; used with more than one device.
-        dtype: 'float32'.
+        dtype: of the activations: 'float32'; 'bfloat16' on CPUs that have it; 'float16' on GPUs, with a loss scale that
+            follows the gradients. Parameters, statistics and the classifier are float32 in all of them.
         devices: see replicas.parse_devices.
         initial_weights: path of a .params file to start from; its classifier may have another number of classes.
-        images_at_once: replicas whose samples do not see one another go through a device together, up to so many
-            images; lower it when memory runs out (see replicas.Replicas).
+        images_at_once: where samples do not see one another, the most images that go through a device together,
+            whatever the replicas (see replicas.Replicas); lower it when memory runs out. None: 32, or a replica.
         validation_batch: images at a time in evaluation; it has no effect on the result.
     """
 
     def __init__(self, norm=None, model=None, dataset=None, optimizer=None, schedule=None, num_replicas=1,
                  batch_per_replica=32, num_epochs=100, base_learning_rate=None, reference_batch=None,
                  learning_rate=None, weight_decay=1e-4, decay_gamma_beta=True, gradient_clip_norm=None, seed=0,
-                 kvstore='device', dtype='float32', devices='auto', initial_weights=None, images_at_once=32,
+                 kvstore='device', dtype='float32', devices='auto', initial_weights=None, images_at_once=None,
                  validation_batch=200):
         for name, value in (('norm', norm), ('model', model), ('dataset', dataset), ('optimizer', optimizer),
                             ('schedule', schedule)):
@@ -71,8 +76,8 @@ class Experiment:
                     {'norm': 'GroupNorm', 'model': 'CifarResNet', 'dataset': 'CIFAR10', 'optimizer': 'SGD',
                      'schedule': 'StepSchedule'}[name]))
         for name, value in (('num_replicas', num_replicas), ('batch_per_replica', batch_per_replica),
-                            ('num_epochs', num_epochs), ('images_at_once', images_at_once),
-                            ('validation_batch', validation_batch)):
+                            ('num_epochs', num_epochs), ('validation_batch', validation_batch),
+                            ('images_at_once', 1 if images_at_once is None else images_at_once)):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f'train.{name} = {value!r} must be a whole number above 0')
         if not isinstance(seed, int) or not 0 <= seed < 2**31:
@@ -83,8 +88,8 @@ class Experiment:
             raise UserError(f'train.weight_decay = {weight_decay!r} must be 0 or more')
         if gradient_clip_norm is not None and not gradient_clip_norm > 0:
             raise UserError(f'train.gradient_clip_norm = {gradient_clip_norm!r} must be above 0, or None')
-        if dtype != 'float32':
-            raise UserError(f"train.dtype = {dtype!r}: this version trains in 'float32'")
+        if dtype not in ('float32',) + NARROW:
+            raise UserError(f"train.dtype = {dtype!r} is none of 'float32', 'float16' (GPUs) and 'bfloat16' (CPUs)")
         if kvstore not in ('device', 'local', 'nccl'):
             raise UserError(f"train.kvstore = {kvstore!r}: this version offers 'device', 'local' and 'nccl'")
         self.norm, self.model, self.dataset, self.optimizer, self.schedule = norm, model, dataset, optimizer, schedule
@@ -95,7 +100,8 @@ class Experiment:
         self.gradient_clip_norm = gradient_clip_norm
         self.seed, self.kvstore, self.dtype, self.devices = seed, kvstore, dtype, devices
         self.initial_weights = initial_weights
-        self.images_at_once, self.validation_batch = images_at_once, validation_batch
+        self.images_at_once = images_at_once or max(32, batch_per_replica)
+        self.validation_batch = validation_batch
 
 
 config.register(Experiment, 'train')
@@ -131,6 +137,7 @@ class Built:
             self.optimizer = experiment.optimizer()
             self.schedule = experiment.schedule()
             self.checkpoints = config.configured(Checkpoints)(workdir)
+            self.percentiles = config.configured(Percentiles)(self.net)
         #: By structural name ('layers.0.weight'): the same in every process, unlike Gluon's counted prefixes.
         self.parameters = self.net._collect_params_with_prefix()
 
@@ -165,11 +172,21 @@ class Built:
         for parameter in self.parameters.values():
             parameter._finish_deferred_init()
 
+    def validation_batches(self, devices):
+        """The whole validation set for `loop.evaluate`, `train.validation_batch` images at a time on all devices."""
+        return loader.validation_batches(self.dataset, max(1, self.experiment.validation_batch // len(devices)))
+
+    def make_replicas(self, devices):
+        """The replicas.Replicas of the initialized network."""
+        experiment = self.experiment
+        return Replicas(self.net, gluon.loss.SoftmaxCrossEntropyLoss(), devices, experiment.num_replicas,
+                        experiment.batch_per_replica, experiment.images_at_once)
+
     def make_updater(self):
         """The optim.Updater of the initialized network."""
         return optim.Updater(
             self.parameters, self.optimizer, self.experiment.weight_decay, self.experiment.decay_gamma_beta,
-            self.experiment.gradient_clip_norm, self.experiment.kvstore)
+            self.experiment.gradient_clip_norm, self.experiment.kvstore, self.experiment.dtype == 'float16')
 
 
 def train(experiment, bindings, workdir, data_dir=None):
@@ -186,9 +203,10 @@ def train(experiment, bindings, workdir, data_dir=None):
     config.refuse_unused(bindings)
     active_operator()
     devices = parse_devices(experiment.devices, experiment.num_replicas)
-    if experiment.kvstore == 'nccl' and devices[0].device_type == 'cpu':
-        raise UserError("train.kvstore = 'nccl' is for GPUs; on CPUs use 'device'")
+    check_kvstore(experiment.kvstore, devices)
+    check_trainable(experiment.dtype, devices)
     built.load()
+    _refuse_no_validation(built)
     with _run_folder(workdir), signals_as_interrupts() as check_signals:
         built.checkpoints.recover()
         resumed = built.checkpoints.exists()
@@ -224,8 +242,7 @@ class _Run:
     def __init__(self, built, devices, check_signals, resumed):
         self.built, self.devices, self.check_signals = built, devices, check_signals
         experiment = built.experiment
-        self.replicas = Replicas(built.net, gluon.loss.SoftmaxCrossEntropyLoss(), devices, experiment.num_replicas,
-                                 experiment.batch_per_replica, experiment.images_at_once)
+        self.replicas = built.make_replicas(devices)
         self.updater = built.make_updater()
         position = built.checkpoints.load('last', built.parameters, self.updater) if resumed else {}
         self.epoch, self.step = position.get('epoch', 0), position.get('step', 0)
@@ -236,6 +253,8 @@ class _Run:
         self.log = RunLog(built.workdir, experiment.num_epochs, built.steps_per_epoch, self.epoch, num_updates)
         print(f'{type(built.dataset).__name__}: {built.dataset.num_train} training and {built.dataset.num_validation} '
               f'validation images, {built.steps_per_epoch} updates per epoch')
+        if experiment.devices == 'auto' and devices[0].device_type == 'cpu':
+            print(f'{gpus_seen()}; training on {devices[0]}')
         print(self.replicas.describe())
         print(f'{compat.num_threads()} threads, set by {compat.threads_set_by}')
         print(f'norms {active_operator()[1]}')
@@ -252,6 +271,7 @@ class _Run:
         batches = loader.train_batches(built.dataset, experiment.batch_size, experiment.seed, self.epoch, self.step)
         if self.epoch == 0 and self.step == 0:
             self.log.images(loader.first_images(built.dataset, 16, experiment.seed))
+            self.measure_percentiles()
         self.log.start_epoch(self.epoch, self.step)
         seconds_before, wait_before, start = self.seconds, self.wait_seconds, time.perf_counter()
 
@@ -260,6 +280,7 @@ class _Run:
             self.log.step(self.updater.num_updates, self.step, loss, rate)
             self.seconds = seconds_before + time.perf_counter() - start
             self.wait_seconds = wait_before + batches.wait_seconds
+            self.measure_percentiles()
             if built.checkpoints.due():
                 self.save()
             self.check_signals()
@@ -269,8 +290,7 @@ class _Run:
         check_finite(built.parameters, self.updater, built.workdir)
         start = time.perf_counter()
         validation = evaluate(
-            built.net, self.devices, loader.validation_batches(built.dataset, experiment.validation_batch),
-            lambda _: self.check_signals())
+            built.net, self.devices, built.validation_batches(self.devices), lambda _: self.check_signals())
         if not math.isfinite(validation.loss):
             raise NaNLossError(f'the validation loss is {validation.loss} after update {self.updater.num_updates}; '
                                'lower '
@@ -285,30 +305,77 @@ class _Run:
         self.epoch, self.step, self.metrics, self.seconds, self.wait_seconds = self.epoch + 1, 0, Metrics(), 0.0, 0.0
         self.save(best)
 
+    def measure_percentiles(self):
+        built, experiment = self.built, self.built.experiment
+        if built.percentiles.due(self.step, built.steps_per_epoch):
+            self.log.percentiles(self.updater.num_updates, built.percentiles.measure(
+                built.dataset, experiment.seed, self.devices[0], experiment.images_at_once))
+
     def save(self, best=False):
         self.built.checkpoints.save(self.built.parameters, self.updater, {
             'epoch': self.epoch, 'step': self.step, 'best_top1_error': self.best_top1_error,
             'metrics': self.metrics.state_dict(), 'seconds': self.seconds, 'wait_seconds': self.wait_seconds}, best)
 
 
-def evaluate_run(experiment, bindings, workdir, data_dir=None, checkpoint='last'):
+def evaluate_run(experiment, bindings, workdir, data_dir=None, checkpoint='last', statistics=('running',),
+                 statistics_batch=None, precise_images=8192):
     """Evaluate a checkpoint over the whole validation set, in inference mode.
 
-    Arguments: as of `train`; checkpoint: 'last', 'best' or the path of a .params file or of a checkpoint folder.
-    Returns a dict: top1_error and top5_error in percent, loss in nats per image, num_samples, checkpoint, epoch (None
-    for a .params file), images_per_second.
+    Arguments:
+        experiment, bindings, workdir, data_dir: as of `train`.
+        checkpoint: 'last', 'best' or the path of a .params file or of a checkpoint folder.
+        statistics: what BatchNorm and BatchRenorm normalise by, a figure for each: 'running' (running averages),
+            'batch' (the moments of each batch of validation images), 'precise' (those of augmented training images,
+            see statistics.population_moments). A network without such layers has one figure whatever is asked.
+        statistics_batch: images per batch of 'batch' and 'precise'; None: train.batch_per_replica. A last batch that is
+            not full: see loader.full_validation_batches; of the training images only full batches are used.
+        precise_images: training images of 'precise', or as many as there are. 1,000 to 10,000 are enough (Wu & Johnson
+            2021, Sec. 3.1).
+    Returns a dict: checkpoint, epoch (None for a .params file); headline, as of metrics.headline, or None where the run
+    folder has none or the checkpoint is not the run's; figures, a list of dicts: statistics (None for a network without
+    such layers), top1_error and top5_error in percent, loss in nats per image, num_samples, images_per_second, and
+    where it applies batch_size and num_training_images; and once more the entries of the first of the figures.
     """
     built = Built(experiment, workdir, data_dir)
     config.refuse_unused(bindings)
     devices = parse_devices(experiment.devices, experiment.num_replicas)
     built.load()
+    _refuse_no_validation(built)
     built.initialize(devices)
+    rows = read_rows(os.path.join(workdir, 'metrics.jsonl')) if checkpoint in ('last', 'best') else []
     checkpoint, epoch = load_weights(built, checkpoint)
-    start = time.perf_counter()
-    metrics = evaluate(built.net, devices, loader.validation_batches(built.dataset, experiment.validation_batch))
-    return {'top1_error': metrics.top1_error, 'top5_error': metrics.top5_error, 'loss': metrics.loss,
-            'num_samples': metrics.num_samples, 'checkpoint': checkpoint, 'epoch': epoch,
-            'images_per_second': metrics.num_samples / (time.perf_counter() - start)}
+    if not layers_with_running_statistics(built.net):
+        statistics = (None,)
+    figures = [_figure(built, devices, name, statistics_batch or experiment.batch_per_replica, precise_images)
+               for name in statistics]
+    return dict(figures[0], checkpoint=checkpoint, epoch=epoch, headline=headline(rows), figures=figures)
+
+
+def _figure(built, devices, statistics, batch_size, precise_images):
+    """One of the `figures` of `evaluate_run`."""
+    net, dataset, seed = built.net, built.dataset, built.experiment.seed
+    details, in_statistics, batches, options = {}, contextlib.nullcontext(), built.validation_batches(devices), {}
+    memory_hint = 'lower --statistics_batch'
+    if statistics == 'batch':
+        details = {'batch_size': min(batch_size, dataset.num_validation)}
+        in_statistics, options = batch_statistics(net), {'memory_hint': memory_hint}
+        batches = loader.full_validation_batches(dataset, batch_size, seed)
+    elif statistics == 'precise':
+        num_batches = min(precise_images, dataset.num_train) // batch_size
+        if num_batches < 1:
+            raise UserError(f'{min(precise_images, dataset.num_train)} training images do not fill one batch of '
+                            f'{batch_size}; lower --statistics_batch, or raise --precise_images')
+        with out_of_memory_explained(memory_hint):
+            recomputed, num_images = population_moments(net, devices, itertools.islice(
+                loader.train_batches(dataset, batch_size, seed, epoch=0), num_batches))
+        details = {'batch_size': batch_size, 'num_training_images': num_images}
+        in_statistics = running_statistics(recomputed)
+    with in_statistics:
+        start = time.perf_counter()
+        metrics = evaluate(net, devices, batches, **options)
+        seconds = time.perf_counter() - start
+    return dict(details, statistics=statistics, top1_error=metrics.top1_error, top5_error=metrics.top5_error,
+                loss=metrics.loss, num_samples=metrics.num_samples, images_per_second=metrics.num_samples / seconds)
 
 
 def refuse_other_experiment(asked, recorded, workdir):
@@ -339,7 +406,8 @@ def peak_memory(devices):
     gpus = [device.device_id for device in devices if device.device_type == 'gpu']
     if gpus:
         return max(total - free for free, total in map(mx.context.gpu_memory_info, gpus))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    with open('/proc/self/status') as file:  # and not getrusage, which begins at what the parent process had
+        return int(re.search(r'VmHWM:\s*(\d+) kB', file.read()).group(1)) * 1024
 
 
 @contextlib.contextmanager
@@ -358,6 +426,11 @@ def _run_folder(workdir):
             raise UserError(
                 f'another process is training in {workdir}; wait for it, or choose another --workdir') from None
         yield
+
+
+def _refuse_no_validation(built):
+    if not built.dataset.num_validation:
+        raise UserError(f'{built.data_dir} holds no validation images; pack a set that has some')
 
 
 def _refuse_other_config(workdir):
@@ -432,11 +505,16 @@ def _summarize(workdir):
     """Draw curves.png, print the figures and what to type next."""
     curves = os.path.join(workdir, 'curves.png')
     plot_curves([workdir], curves)
-    rows = [row for row in read_rows(os.path.join(workdir, 'metrics.jsonl')) if row['split'] == 'validation']
-    errors = [row['top1_error'] for row in rows]
+    percentiles = os.path.join(workdir, 'percentiles.png')
+    if read_rows(os.path.join(workdir, 'percentiles.jsonl')):
+        plot_percentiles([workdir], percentiles)
+        curves += ', ' + percentiles
+    rows = read_rows(os.path.join(workdir, 'metrics.jsonl'))
+    errors = [row['top1_error'] for row in rows if row['split'] == 'validation']
+    median = headline(rows)
     print('\nvalidation top-1 error of {} images: {:.2f} % after the last epoch; median of the last {}: {:.2f} %; best '
-          '{:.2f} % (epoch {})'.format(rows[-1]['num_samples'], errors[-1], min(5, len(errors)),
-                                       statistics.median(errors[-5:]), min(errors), errors.index(min(errors)) + 1))
+          '{:.2f} % (epoch {})'.format(median['num_samples'], errors[-1], median['epochs'], median['top1_error'],
+                                       min(errors), errors.index(min(errors)) + 1))
     print(f'run folder   {workdir}\ncurves       {curves}')
     print(f'next         python -m gn_gluon.eval --workdir {workdir}')
     print(f'             tensorboard --logdir {workdir}')

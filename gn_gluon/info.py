@@ -2,7 +2,6 @@
 import argparse
 import os
 import platform
-import re
 
 import mxnet as mx
 
@@ -31,7 +30,7 @@ def sections():
                       ('gn_gluon', gn_gluon.__version__),
                       ('MXNet', f"{mx.__version__}, wheel {' and '.join(sorted(flavours)) or 'unknown'}")]
          + [(package, version or 'not installed') for package, version in versions.items()]),
-        ('Devices', [('processor', _processor()),
+        ('Devices', [('processor', compat.processor()),
                      ('physical cores', f'{compat.usable_cores()} that this process may use'),
                      ('GPUs', _gpus(num_gpus))]),
         ('Threads', [(name, os.environ.get(name, 'not set'))
@@ -51,15 +50,6 @@ def table(sections):
         lines.append(title)
         lines += [f'  {name:<{width}}  {value}'.rstrip() for name, value in rows]
     return '\n'.join(lines)
-
-
-def _processor():
-    try:
-        with open('/proc/cpuinfo') as file:
-            name = re.search(r'^model name\s*: (.+)$', file.read(), re.MULTILINE)
-    except OSError:  # not Linux
-        name = None
-    return name.group(1) if name else platform.processor() or platform.machine()
 
 
 def _gpus(num_gpus):

@@ -1,4 +1,4 @@
-"""What a run says of itself: the console table, metrics.jsonl and steps.jsonl, TensorBoard."""
+"""What a run says of itself: the console table, metrics.jsonl, steps.jsonl and percentiles.jsonl, TensorBoard."""
 import contextlib
 import json
 import os
@@ -34,6 +34,9 @@ class RunLog:
         metrics, steps = os.path.join(folder, 'metrics.jsonl'), os.path.join(folder, 'steps.jsonl')
         _keep(metrics, lambda row: row['epoch'] < epoch)
         _keep(steps, lambda row: row['update'] <= num_updates)
+        self._percentiles = os.path.join(folder, 'percentiles.jsonl')
+        # A run that starts over measures before its first update again.
+        _keep(self._percentiles, lambda row: num_updates > 0 and row['update'] <= num_updates)
         try:
             self._metrics = open(metrics, 'a')
             self._steps = open(steps, 'a')
@@ -69,6 +72,14 @@ class RunLog:
             self._told_at = time.monotonic()
             print(f'epoch {self._epoch + 1}/{self.num_epochs}: update {step} of {self.steps_per_epoch}, loss '
                   f'{loss:.3f}', flush=True)
+
+    def percentiles(self, num_updates, row):
+        """Write what Percentiles measured after so many updates of the run."""
+        try:
+            with open(self._percentiles, 'a') as file:
+                _append(file, {'update': num_updates, 'epoch': num_updates / self.steps_per_epoch, **row})
+        except OSError as error:
+            raise UserError(f'cannot write {self._percentiles}: {error.strerror}') from None
 
     def images(self, images):
         """Show training images (n, C, H, W) as the network sees them, stretched to the full range."""

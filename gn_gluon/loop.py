@@ -1,4 +1,5 @@
 """One epoch of training, one pass of evaluation."""
+import itertools
 import math
 
 import mxnet as mx
@@ -6,6 +7,7 @@ import numpy as np
 
 from gn_gluon.errors import NaNLossError
 from gn_gluon.metrics import Metrics
+from gn_gluon.replicas import out_of_memory_explained
 
 
 def train_epoch(replicas, updater, batches, metrics, learning_rate, seed, on_step):
@@ -19,39 +21,60 @@ def train_epoch(replicas, updater, batches, metrics, learning_rate, seed, on_ste
         learning_rate: function of the number of updates made so far.
         seed: of the network's own random numbers (dropout).
         on_step: called after each update as on_step(loss, learning_rate).
-    Raises NaNLossError naming the update when a loss is not finite.
+    Raises NaNLossError naming the update when a loss is not finite, UserError when a device is out of memory.
     """
-    for batch in batches:
-        # MXNet's random state cannot be saved, so it follows from the number of the update.
-        mx.random.seed(int(np.random.SeedSequence([seed, updater.num_updates]).generate_state(1)[0]) >> 1)
-        rate = learning_rate(updater.num_updates)
-        logits = replicas.compute_gradients(batch.images, batch.labels)
-        updater.update(rate, batch.num_samples)
-        # This waits for the forward passes only: the last backward pass and the update run on.
-        loss = metrics.add(np.concatenate([part.asnumpy() for part in logits]), batch.labels)
-        if not math.isfinite(loss):
-            raise NaNLossError(f'the training loss is {loss} at update {updater.num_updates} (learning rate '
-                               f'{rate:g}); lower the learning rate or '
-                               'clip the gradients (train.gradient_clip_norm)')
-        on_step(loss, rate)
-    mx.nd.waitall()
+    with out_of_memory_explained(replicas.memory_hint()):
+        for batch in batches:
+            # MXNet's random state cannot be saved, so it follows from the number of the update.
+            mx.random.seed(int(np.random.SeedSequence([seed, updater.num_updates]).generate_state(1)[0]) >> 1)
+            rate = learning_rate(updater.num_updates)
+            logits = replicas.compute_gradients(batch.images, batch.labels, updater.loss_scale)
+            updater.update(rate, batch.num_samples)
+            # This waits for the forward passes only: the last backward pass and the update run on.
+            loss = metrics.add(np.concatenate([part.asnumpy() for part in logits]), batch.labels)
+            if not math.isfinite(loss):
+                raise NaNLossError(f'the training loss is {loss} at update {updater.num_updates} (learning rate '
+                                   f'{rate:g}); lower the learning rate or '
+                                   'clip the gradients (train.gradient_clip_norm)')
+            on_step(loss, rate)
+        mx.nd.waitall()
 
 
-def evaluate(net, devices, batches, on_batch=None):
-    """Metrics over every sample of `batches` exactly once, in inference mode (BN: running statistics, no dropout).
+def predictions(net, devices, batches):
+    """Yields (batch, logits as a NumPy array) for each batch, in inference mode.
+
+    Every batch goes to one device as a whole, and as many are under way at once as there are devices.
 
     Arguments:
         net: initialized network.
-        devices: list of contexts; each takes a part of a batch.
-        batches: iterable of loader.Batch; rows from `num_samples` on are padding and are not counted.
+        devices: list of contexts.
+        batches: iterable of loader.Batch.
+    """
+    batches = iter(batches)
+    while True:
+        group = list(itertools.islice(batches, len(devices)))
+        if not group:
+            return
+        # Each computation is only started here, so all devices work at once.
+        logits = [net(mx.nd.array(batch.images, ctx=device)) for batch, device in zip(group, devices)]
+        for batch, of_batch in zip(group, logits):
+            yield batch, of_batch.asnumpy()
+
+
+def evaluate(net, devices, batches, on_batch=None,
+             memory_hint='lower train.validation_batch; the result stays the same'):
+    """Metrics over every sample of `batches` exactly once, in inference mode (BN: running statistics, no dropout).
+
+    Arguments:
+        net, devices, batches: as of `predictions`; rows from `num_samples` on are padding and are not counted.
         on_batch: called after each batch with the number of its samples.
+        memory_hint: what to do when a device is out of memory.
+    Raises UserError with that hint.
     """
     metrics = Metrics()
-    for batch in batches:
-        parts = zip(np.array_split(batch.images, len(devices)), devices)
-        logits = [net(mx.nd.array(images, ctx=device)) for images, device in parts if len(images)]
-        logits = np.concatenate([part.asnumpy() for part in logits])
-        metrics.add(logits[:batch.num_samples], batch.labels[:batch.num_samples])
-        if on_batch is not None:
-            on_batch(batch.num_samples)
+    with out_of_memory_explained(memory_hint):
+        for batch, logits in predictions(net, devices, batches):
+            metrics.add(logits[:batch.num_samples], batch.labels[:batch.num_samples])
+            if on_batch is not None:
+                on_batch(batch.num_samples)
     return metrics

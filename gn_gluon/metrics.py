@@ -1,4 +1,6 @@
 """Exact counts of what a network got right."""
+import statistics
+
 import numpy as np
 
 
@@ -54,3 +56,21 @@ class Metrics:
     def state_dict(self):
         """The counts, as the constructor takes them."""
         return dict(vars(self))
+
+
+def headline(rows, last=5):
+    """The figure that runs are compared by: the median error of the last epochs, five in the paper (Section 4.1).
+
+    Arguments:
+        rows: of metrics.jsonl.
+        last: so many epochs, or as many as are finished.
+    Returns a dict: top1_error and top5_error in percent, epochs (the number that the median is of), last_epoch (how
+    many are finished), num_samples. None when no epoch is finished.
+    """
+    rows = [row for row in rows if row['split'] == 'validation']
+    if not rows:
+        return None
+    chosen = rows[-last:]
+    return {'top1_error': statistics.median(row['top1_error'] for row in chosen),
+            'top5_error': statistics.median(row['top5_error'] for row in chosen),
+            'epochs': len(chosen), 'last_epoch': rows[-1]['epoch'] + 1, 'num_samples': rows[-1]['num_samples']}

@@ -3,8 +3,10 @@ import math
 
 import mxnet as mx
 from mxnet import gluon
+from mxnet.contrib.amp.loss_scaler import LossScaler
 
 from gn_gluon.errors import UserError
+from gn_gluon.norm import operator
 
 __all__ = ['SGD', 'Adam', 'StepSchedule', 'CosineSchedule']
 
@@ -142,12 +144,24 @@ class Adam(Optimizer):
 
 
 class _NAG(mx.optimizer.NAG):
-    """NAG out of place: in place, MXNet's operator decays the velocity by the new weight instead of the old one."""
+    """NAG that decays the velocity by the old weight; in place, MXNet's operator takes the new one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if operator.updates_fast():
+            self.aggregate_num = 64  # arrays that come at once
 
     def update_multi_precision(self, index, weight, grad, state):
+        if not isinstance(index, (list, tuple)):
+            index, weight, grad, state = [index], [weight], [grad], [state]
         self._update_count(index)
-        mx.nd.nag_mom_update(weight, grad, state, lr=self._get_lr(index), wd=self._get_wd(index),
-                             momentum=self.momentum, rescale_grad=self.rescale_grad).copyto(weight)
+        rates, decays = self._get_lrs(index), self._get_wds(index)
+        if operator.updates_fast() and weight[0].context.device_type == 'cpu':
+            operator.nesterov_update(weight, grad, state, rates, decays, self.momentum, self.rescale_grad)
+            return
+        for one, gradient, velocity, rate, decay in zip(weight, grad, state, rates, decays):
+            mx.nd.nag_mom_update(one, gradient, velocity, lr=rate, wd=decay, momentum=self.momentum,
+                                 rescale_grad=self.rescale_grad).copyto(one)
 
 
 def split_by_decay(parameters, decay_gamma_beta):
@@ -173,10 +187,13 @@ class Updater:
         weight_decay: for the tensors that decay (`split_by_decay`).
         gradient_clip_norm: largest Euclidean norm of the mean gradient over all tensors; None: no clipping.
         kvstore: the MXNet kvstore between devices.
+        scale_loss: whether the loss is to be multiplied by `loss_scale` before its gradients are computed, so that
+            float16 does not lose the small ones. The scale grows while they are finite; an update of infinite ones is
+            left out, and halves it (MXNet's LossScaler).
     """
 
     def __init__(self, parameters, optimizer, weight_decay=0.0, decay_gamma_beta=True, gradient_clip_norm=None,
-                 kvstore='device'):
+                 kvstore='device', scale_loss=False):
         self.optimizer = optimizer.create(learning_rate=1.0, wd=weight_decay)
         self.velocity_holds_rate = optimizer.velocity_holds_rate
         self.gradient_clip_norm = gradient_clip_norm
@@ -188,10 +205,23 @@ class Updater:
         self.trainer = gluon.Trainer([parameters[name] for name in self.names], self.optimizer, kvstore=kvstore,
                                      update_on_kvstore=False)
         self._rate = None
+        self._scaler = LossScaler() if scale_loss else None
+
+    @property
+    def loss_scale(self):
+        """What the gradients of the next update are to be multiplied by."""
+        return self._scaler.loss_scale if self._scaler else 1.0
 
     def update(self, learning_rate, batch_size):
-        """One update by the mean gradient: the gradients hold sums over `batch_size` images, all devices together."""
+        """One update by the mean gradient.
+
+        The gradients hold sums over `batch_size` images, all devices together, times `loss_scale`.
+        """
         self.trainer.allreduce_grads()
+        batch_size = batch_size * self.loss_scale
+        if self._scaler and self._scaler.has_overflow(self.trainer._params):
+            self.num_updates += 1
+            return
         if self.gradient_clip_norm is not None:
             self._clip(batch_size)
         self._change_rate(learning_rate)
@@ -216,17 +246,22 @@ class Updater:
                     yield from state if isinstance(state, (tuple, list)) else (state,)
 
     def state_dict(self):
-        """What a resume needs: arrays by 'i:name' (i = 0, or 0 and 1 for Adam's moments), and two numbers."""
+        """What a resume needs: arrays by 'i:name' (i = 0, or 0 and 1 for Adam's moments), and numbers."""
         arrays = {}
         for index, state in self.trainer._updaters[0].states.items():
             for i, array in enumerate(state if isinstance(state, (tuple, list)) else (state,)):
                 if array is not None:
                     arrays[f'{i}:{self.names[index]}'] = array
-        return arrays, {'learning_rate': self._rate, 'num_updates': self.num_updates}
+        scalars = {'learning_rate': self._rate, 'num_updates': self.num_updates}
+        if self._scaler:
+            scalars['loss_scaler'] = vars(self._scaler)
+        return arrays, scalars
 
     def load_state_dict(self, arrays, scalars):
         """Take up what `state_dict` returned."""
         self._rate = scalars['learning_rate']
+        if self._scaler:
+            vars(self._scaler).update(scalars['loss_scaler'])
         self.num_updates = self.optimizer.begin_num_update = self.optimizer.num_update = scalars['num_updates']
         for updater, context in zip(self.trainer._updaters, self.trainer._contexts):
             for index, name in enumerate(self.names):

@@ -4,6 +4,7 @@ A replica is one of the paper's GPUs: it sees `batch_per_replica` images at a ti
 inside it. With fewer devices than replicas each device computes its share one after another and sums the gradients, so
 that the update is that of as many GPUs.
 """
+import contextlib
 import re
 
 import mxnet as mx
@@ -13,6 +14,8 @@ from mxnet import autograd
 from gn_gluon.errors import UserError
 
 _RUNNING = ('running_mean', 'running_var')
+# What CUDA, cuDNN and cuBLAS say, in the words of MXNet's storage manager or their own.
+_OUT_OF_MEMORY = re.compile('.*(out of memory|cudaMalloc|_ALLOC_FAILED).*', re.IGNORECASE)
 
 
 def parse_devices(devices, num_replicas):
@@ -41,8 +44,7 @@ def parse_devices(devices, num_replicas):
         contexts += [mx.Context(kind, i) for i in range(first, int(match.group(3) or first) + 1)]
     missing = [str(c) for c in contexts if c.device_type == 'gpu' and c.device_id >= num_gpus]
     if missing:
-        raise UserError(f"train.devices asks for {missing[0]}, but MXNet sees {num_gpus} GPUs; lower train.devices or "
-                        "set it to "
+        raise UserError(f"train.devices asks for {missing[0]}, but {gpus_seen()}; lower train.devices or set it to "
                         "'auto'")
     if len({context.device_type for context in contexts}) > 1:
         raise UserError(f'train.devices = {devices!r} mixes CPU and GPU; name devices of one kind')
@@ -55,6 +57,35 @@ def parse_devices(devices, num_replicas):
     return contexts
 
 
+def gpus_seen():
+    """How many GPUs MXNet sees, or why none, in words."""
+    if not mx.runtime.Features().is_enabled('CUDA'):
+        return "MXNet sees no GPU: this build of it is for CPUs (pip install '.[cu112]' brings the other)"
+    return f'MXNet sees {mx.context.num_gpus() or "no"} GPUs'
+
+
+def check_kvstore(kvstore, devices):
+    """Raise UserError if the kvstore `kvstore` cannot work between `devices`, or is not in this build of MXNet."""
+    if kvstore != 'nccl':
+        return
+    if devices[0].device_type == 'cpu':
+        raise UserError("train.kvstore = 'nccl' is for GPUs; on CPUs use 'device'")
+    if not mx.runtime.Features().is_enabled('NCCL'):
+        raise UserError("train.kvstore = 'nccl', but this build of MXNet has no NCCL; use 'device'")
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(hint):
+    """Turns what MXNet raises when a device has no memory left into a UserError that ends with `hint`."""
+    try:
+        yield
+    except mx.MXNetError as error:
+        found = _OUT_OF_MEMORY.search(str(error))
+        if not found:
+            raise
+        raise UserError(f'out of memory ({found.group().strip()}): {hint}') from None
+
+
 class Replicas:
     """Computes the gradients of one update, replica by replica.
 
@@ -63,8 +94,9 @@ class Replicas:
         loss: Gluon loss that returns one value per image.
         devices: list of contexts.
         num_replicas, batch_per_replica: the layout; replica i takes the i-th part of the batch.
-        images_at_once: where no layer has running statistics, samples do not see one another, and replicas of a
-            device go through the network together, up to so many images: the same sums, in larger batches.
+        images_at_once: where no layer has running statistics, samples do not see one another: the images of a device
+            then go through the network in the largest equal parts of up to so many, be these several replicas or a
+            part of one. The same sums, and the memory of so many images.
     """
 
     def __init__(self, net, loss, devices, num_replicas, batch_per_replica, images_at_once=32):
@@ -72,28 +104,42 @@ class Replicas:
         self.loss = loss
         self.devices = devices
         self.batch_per_replica = batch_per_replica
-        self.shares = np.array_split(np.arange(num_replicas), len(devices))
+        self.num_replicas = num_replicas
         parameters = net._collect_params_with_prefix()
         self.trainable = [p for p in parameters.values() if p.grad_req != 'null']
         self.running = [p for name, p in parameters.items() if name.endswith(_RUNNING)]
-        together = 1 if self.running else max(1, images_at_once // batch_per_replica)
-        #: For each device the replicas of each pass, in order; all passes of a device are of one size.
-        self.passes = [np.split(share, len(share) // _largest_divisor(len(share), together)) for share in self.shares]
+        #: For each device the rows of each pass, in order; all passes of a device are of one size.
+        self.passes = []
+        for share in np.array_split(np.arange(num_replicas), len(devices)):
+            first, last = share[0] * batch_per_replica, (share[-1] + 1) * batch_per_replica
+            size = batch_per_replica if self.running else _largest_divisor(last - first, images_at_once)
+            self.passes.append([slice(start, start + size) for start in range(first, last, size)])
+        #: The most images that go through the network at once.
+        self.images_at_once = max(rows.stop - rows.start for passes in self.passes for rows in passes)
         self.accumulate = max(map(len, self.passes)) > 1
         for parameter in self.trainable:
             parameter.grad_req = 'add' if self.accumulate else 'write'
 
     def describe(self):
         """One line for the log: '8 replicas x 2 images on 1 device (cpu(0))'."""
-        num_replicas, num_devices = sum(map(len, self.shares)), len(self.devices)
-        together = max(len(replicas) for passes in self.passes for replicas in passes)
-        return (f"{num_replicas} replica{'s' * (num_replicas != 1)} x {self.batch_per_replica} "
+        num_devices = len(self.devices)
+        return (f"{self.num_replicas} replica{'s' * (self.num_replicas != 1)} x {self.batch_per_replica} "
                 f"image{'s' * (self.batch_per_replica != 1)} on {num_devices} device{'s' * (num_devices != 1)} "
                 f"({', '.join(map(str, self.devices))})"
-                + (f', {together} at a time: this norm keeps samples apart' if together > 1 else ''))
+                + ('' if self.images_at_once == self.batch_per_replica else
+                   f', {self.images_at_once} images at a time: this norm keeps samples apart'))
 
-    def compute_gradients(self, images, labels):
-        """Leave the sum over all images of the loss gradients in the parameters, one part on each device.
+    def memory_hint(self):
+        """What to do when a device has not the memory for a pass, in words."""
+        if self.running:
+            return (f'this norm sees the {self.batch_per_replica} images of a replica together; use devices with more '
+                    'memory, or, for another experiment, lower train.batch_per_replica and raise train.num_replicas')
+        if self.images_at_once > 1:
+            return f'lower train.images_at_once below {self.images_at_once}; the replicas and the result stay the same'
+        return 'use devices with more memory'
+
+    def compute_gradients(self, images, labels, loss_scale=1.0):
+        """Leave the sum over all images of the gradients of loss * loss_scale in the parameters, a part on each device.
 
         Arguments:
             images: (num_replicas * batch_per_replica, C, H, W) float32 NumPy array.
@@ -110,9 +156,8 @@ class Replicas:
             # Each computation is only started here, so all devices work at once.
             working = [i for i, passes in enumerate(self.passes) if turn < len(passes)]
             for i in working:
-                replicas = self.passes[i][turn]
-                rows = slice(replicas[0] * self.batch_per_replica, (replicas[-1] + 1) * self.batch_per_replica)
-                logits[rows.start] = self._forward_backward(images[rows], labels[rows], self.devices[i])
+                rows = self.passes[i][turn]
+                logits[rows.start] = self._forward_backward(images[rows], labels[rows], self.devices[i], loss_scale)
             if self.running:
                 # MXNet's CPU BatchNorm writes them in the backward pass, and in a static graph its engine does not
                 # know: without waiting, what is read here may be the statistics before the pass.
@@ -123,23 +168,22 @@ class Replicas:
             self._average(statistics)
         return [logits[start] for start in sorted(logits)]
 
-    def _forward_backward(self, images, labels, device):
+    def _forward_backward(self, images, labels, device, loss_scale):
         images = mx.nd.array(images, ctx=device)
         labels = mx.nd.array(labels, ctx=device)
         with autograd.record():
             logits = self.net(images)
             loss = self.loss(logits, labels)
-        loss.backward()
+        loss.backward(None if loss_scale == 1 else mx.nd.full(loss.shape, loss_scale, ctx=device))
         return logits
 
     def _average(self, statistics):
         """Every device takes the mean over all replicas of all devices."""
-        num_replicas = sum(map(len, self.shares))
         for i, parameter in enumerate(self.running):
             total = statistics[0].sums[i]
             for other in statistics[1:]:
                 total = total + other.sums[i].as_in_context(total.context)
-            parameter.set_data(total / num_replicas)
+            parameter.set_data(total / self.num_replicas)
 
 
 def _largest_divisor(number, limit):

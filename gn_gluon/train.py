@@ -1,4 +1,6 @@
 """python -m gn_gluon.train --gin_file gin/digits_gn_bs2.gin: train, or resume, what a gin file declares."""
+import argparse
+import json
 import os
 
 from absl.flags import argparse_flags
@@ -23,22 +25,42 @@ def default_workdir(gin_files):
     return os.path.join('runs', os.path.splitext(os.path.basename(gin_files[-1]))[0])
 
 
+def positive_number(text):
+    """argparse's type of a whole number above 0."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
+    return int(text)
+
+
 def main():
     """The command line."""
     parser = argparse_flags.ArgumentParser(prog='python -m gn_gluon.train', description=__doc__)
     add_flags(parser)
+    parser.add_argument('--benchmark', nargs='?', type=positive_number, const=10, metavar='UPDATES',
+                        help='time so many updates (default: %(const)s) on random images and, where the data are, on '
+                             'them, and stop; the run folder is not touched')
+    parser.add_argument('--json', action='store_true', help='with --benchmark: print one JSON object')
     flags = parser.parse_args()
+    if flags.json and not flags.benchmark:
+        raise UserError('--json is of --benchmark only; what a training run measures is in metrics.jsonl of its folder')
     recorded = os.path.join(flags.workdir or '', 'config.gin')
     if not flags.gin_file and not (flags.workdir and os.path.exists(recorded)):
         raise UserError('neither --gin_file nor the --workdir of a run to go on with is given; for a start: python -m '
                         'gn_gluon.train --gin_file gin/digits_gn_bs2.gin')
-    from gn_gluon import config, experiment, plan  # here: experiment imports all the rest
+    from gn_gluon import benchmark, compat, config, experiment, plan, replicas  # here: experiment imports all the rest
     workdir = flags.workdir or default_workdir(flags.gin_file)
     bindings = config.parse(flags.gin_file or [recorded], flags.gin_bindings)
     made = config.make(experiment.Experiment)
     data_dir = flags.data_dir or experiment.recorded_data_dir(workdir)
     if flags.plan:
         plan.print_plan(made, bindings, workdir, data_dir)
+        return
+    devices = replicas.parse_devices(made.devices, made.num_replicas)
+    if devices[0].device_type == 'cpu':
+        compat.divide_threads(len(devices), 'gn_gluon.train')
+    if flags.benchmark:
+        result = benchmark.benchmark(made, bindings, workdir, data_dir, flags.benchmark)
+        print(json.dumps(result) if flags.json else benchmark.table(result))
     else:
         experiment.train(made, bindings, workdir, data_dir)
 

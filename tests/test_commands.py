@@ -29,6 +29,7 @@ def run_folder(tmp_path_factory):
     output = run('gn_gluon.train', '--gin_file', 'gin/digits_gn_bs2.gin', '--gin_bindings', 'train.num_epochs = 3',
                  cwd=folder)
     assert '16 replicas x 2 images on 1 device' in output
+    assert 'sees no GPU' in output and 'training on cpu(0)' in output or '(gpu(0))' in output
     assert output.count('\n') < 20 and 'runs/digits_gn_bs2/curves.png' in output
     return folder / 'runs' / 'digits_gn_bs2'
 

@@ -1,8 +1,12 @@
-"""Errors are counted exactly: ties, padding and numbers that are none included."""
+"""Errors are counted exactly, ties, padding and numbers that are none included; weights that are none are found."""
+import mxnet as mx
 import numpy as np
 import pytest
 
+from gn_gluon import optim
+from gn_gluon.checkpoint import check_finite
 from gn_gluon.data.loader import Batch
+from gn_gluon.errors import NaNLossError
 from gn_gluon.loop import evaluate
 from gn_gluon.metrics import Metrics
 
@@ -44,3 +48,16 @@ def test_padding_is_not_counted():
 def _cpu():
     import mxnet as mx
     return [mx.cpu()]
+
+
+@pytest.mark.parametrize('position', [0, 199, 200, 321])
+def test_a_weight_that_is_not_finite_is_found_among_more_than_200(position):
+    parameters = {}
+    for index in range(322):
+        parameters[str(index)] = parameter = mx.gluon.Parameter(str(index), shape=(2,))
+        parameter.initialize()
+    updater = optim.Updater({'0': parameters['0']}, optim.SGD())
+    check_finite(parameters, updater, 'folder')
+    parameters[str(position)].set_data(mx.nd.array([0, np.nan]))
+    with pytest.raises(NaNLossError, match='not finite'):
+        check_finite(parameters, updater, 'folder')

@@ -132,7 +132,7 @@ def test_the_small_network_normalises_before_its_activation_once(shape, channels
     net = ConvNet(GN8, channels=channels)
     assert initialized(net, shape)(mx.nd.zeros(shape)).shape == (2, 10)
     kinds = [type(block).__name__ for block in net.features]
-    assert kinds == ['Conv2D', 'GroupNorm', 'MaxPool2D'] * len(channels) + ['Flatten', 'Dropout']
+    assert kinds == ['Convolution', 'GroupNorm', 'MaxPool2D'] * len(channels) + ['Flatten', 'Dropout']
 
 
 # ------------------------------------------------------------------------------------ every network, every norm

@@ -8,6 +8,7 @@ from mxnet.gluon import SymbolBlock, nn
 
 from gn_gluon import BatchNorm, BatchRenorm, GroupNorm, InstanceNorm, LayerNorm, NoNorm
 from gn_gluon.errors import UserError
+from gn_gluon.norm.operator import active_operator
 
 BFLOAT16 = np.dtype([('bfloat16', np.uint16)])
 EVERY_NORM = (GroupNorm, LayerNorm, InstanceNorm, BatchNorm, BatchRenorm, NoNorm)
@@ -284,8 +285,9 @@ def test_half_precision_in_and_out_with_float32_inside(norm, way, dtype, roundin
     if way == 'in_a_network':
         net = nn.HybridSequential()
         net.add(layer)
-        if dtype == 'float16':
-            net.cast('float16')
+        # MXNet computes float16 on no CPU by itself, and its extension interface has no bfloat16.
+        if dtype == 'float16' or active_operator()[0] == 'extension':
+            net.cast(dtype)
     if way != 'eager':
         net.hybridize(static_alloc=True, static_shape=True)
     data = mx.nd.amp_cast(mx.nd.array(x), dtype=dtype)

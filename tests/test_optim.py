@@ -115,3 +115,52 @@ def test_cosine_schedule_warms_up_and_ends_at_its_final_factor():
     assert schedule(100, 100) == pytest.approx(0.01)
     rates = [schedule(epoch / 10, 100) for epoch in range(50)]
     assert rates == sorted(rates)
+
+
+def test_a_scaled_loss_changes_no_update_and_an_overflow_is_left_out():
+    def run(scale_loss):
+        parameters = make_parameters({'w': np.ones(3)})
+        parameter = parameters['w']
+        updater = optim.Updater(parameters, optim.SGD(), weight_decay=1e-2, gradient_clip_norm=1.0,
+                                scale_loss=scale_loss)
+        weights = []
+        for step in range(6):
+            scale = updater.loss_scale
+            gradient = scale * (step + 1.0) * 8  # a sum over 8 images
+            if not scale_loss and step == 3:
+                continue
+            set_gradient(parameter, np.full(3, np.inf if step == 3 else gradient))
+            updater.update(0.1, 8)
+            weights.append(parameter.data().asnumpy())
+        return updater, weights
+
+    plain, wanted = run(scale_loss=False)
+    scaled, got = run(scale_loss=True)
+    assert plain.loss_scale == 1
+    np.testing.assert_array_equal(got[3], got[2])  # the infinite one
+    np.testing.assert_allclose(got[:3] + got[4:], wanted, rtol=1e-6)
+    assert scaled.loss_scale == 2 ** 15 and scaled.num_updates == 6
+
+    resumed = optim.Updater(make_parameters({'w': np.ones(3)}), optim.SGD(), scale_loss=True)
+    resumed.load_state_dict(*scaled.state_dict())
+    assert resumed.loss_scale == 2 ** 15
+
+
+def test_an_update_after_inference_reaches_weights_that_lie_in_onednns_layout():
+    def run(infer):
+        mx.random.seed(0)
+        net = gluon.nn.Conv2D(32, 3, in_channels=32)
+        net.initialize()
+        net.hybridize(static_alloc=True, static_shape=True)
+        updater = optim.Updater(net._collect_params_with_prefix(), optim.SGD(), weight_decay=1e-2)
+        images = mx.nd.array(np.random.RandomState(0).normal(size=(2, 32, 8, 8)))
+        for _ in range(3):
+            if infer:
+                net(images).wait_to_read()
+            with autograd.record():
+                loss = (net(images) ** 2).mean()
+            loss.backward()
+            updater.update(0.5, 1)
+        return net.weight.data().asnumpy()
+
+    np.testing.assert_array_equal(run(infer=True), run(infer=False))

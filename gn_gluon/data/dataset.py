@@ -181,8 +181,7 @@ class ArrayDataset(Dataset):
         if self.image_shape[0] not in (1, 3):
             raise UserError(f'{self.source()} has images of {self.image_shape[0]} channels, '
                             'an image file has 1 or 3')
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise UserError(f'an image of {image.dtype} {image.shape} was given; (h, w, 3) uint8 is needed')
+        check_image(image)
         height, width = self.image_shape[1:]
         scale = max(height / image.shape[0], width / image.shape[1])
         size = (max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale)))
@@ -203,6 +202,12 @@ def check_number(what, asked, most=None):
     if not isinstance(asked, numbers.Integral) or asked < 1 or (most is not None and asked > most):
         raise UserError(f'{what} = {asked!r} is not a whole number ' + (
             'of at least 1' if most is None else f'between 1 and {most}'))
+
+
+def check_image(image):
+    """Raise UserError unless `image`, given to `preprocess`, is a NumPy array (h, w, 3) of uint8."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise UserError(f'an image of {image.dtype} {image.shape} was given; (h, w, 3) uint8 is needed')
 
 
 def _channels_first(statistic):

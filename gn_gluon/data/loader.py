@@ -1,7 +1,7 @@
 """Order, batches and prefetching: what turns a data set into the steps of an epoch.
 
 Order and augmentation of a sample are functions of (seed, epoch, sample) alone: the same on any number of
-devices or threads, and after a resume from the middle of an epoch.
+devices, threads or machines, and after a resume from the middle of an epoch.
 """
 import collections
 import concurrent.futures
@@ -9,11 +9,16 @@ import time
 
 import numpy as np
 
+from gn_gluon.errors import UserError
+
 #: images (batch_size, C, H, W) float32; labels (batch_size,) int32; of these the first `num_samples` count,
 #: the rest is padding that keeps the shape of the last validation batch.
 Batch = collections.namedtuple('Batch', ['images', 'labels', 'num_samples'])
 
 _ORDER, _DRAWS = 0, 1
+
+#: So many images are made in advance, or two batches if these are more: small batches are used up faster.
+IMAGES_AHEAD = 512
 
 
 def _generator(seed, epoch, stream):
@@ -30,16 +35,26 @@ def epoch_draws(num_samples, num_draws, seed, epoch):
     return _generator(seed, epoch, _DRAWS).random((num_samples, num_draws), dtype=np.float32)
 
 
-def train_batches(dataset, batch_size, seed, epoch, start_step=0):
-    """Batches of one training epoch from `start_step` on; the remainder of the permutation is dropped."""
+def train_batches(dataset, batch_size, seed, epoch, start_step=0, part=0, num_parts=1):
+    """Batches of one training epoch from `start_step` on; the remainder of the permutation is dropped.
+
+    Arguments:
+        batch_size: images of one step, those of all parts together.
+        part, num_parts: of every step this process makes the part-th of so many equal parts, from 0. So all parts have
+            the same number of steps, and in each together the images that one process alone would have.
+    """
+    share, remainder = divmod(batch_size, num_parts)
+    if remainder:
+        raise UserError(f'{batch_size} images per update cannot be shared equally by {num_parts} processes')
     order = epoch_order(dataset.num_train, seed, epoch)
     draws = epoch_draws(dataset.num_train, dataset.num_draws, seed, epoch)
 
     def make_batch(step):
-        indices = order[step * batch_size:(step + 1) * batch_size]
-        return Batch(dataset.train_batch(indices, draws[indices]), dataset.train_labels[indices], batch_size)
+        start = step * batch_size + part * share
+        indices = order[start:start + share]
+        return Batch(dataset.train_batch(indices, draws[indices]), dataset.train_labels[indices], share)
 
-    return Prefetcher(make_batch, range(start_step, dataset.num_train // batch_size))
+    return Prefetcher(make_batch, range(start_step, dataset.num_train // batch_size), _ahead(share))
 
 
 def first_images(dataset, number, seed):
@@ -57,13 +72,35 @@ def validation_batches(dataset, batch_size):
         return Batch(dataset.validation_batch(indices), dataset.validation_labels[indices],
                      min(batch_size, num_validation - start))
 
-    return Prefetcher(make_batch, range(0, num_validation, batch_size))
+    return Prefetcher(make_batch, range(0, num_validation, batch_size), _ahead(batch_size))
+
+
+def full_validation_batches(dataset, batch_size, seed):
+    """Batches for statistics of the batch: every validation image counts exactly once, and every batch is full.
+
+    In a random order that `seed` fixes, for files are often sorted by class. The last batch is filled up with the first
+    images of that order, which are not counted again; all images of a batch are different ones.
+    """
+    order = epoch_order(dataset.num_validation, seed, 0)
+    batch_size = min(batch_size, len(order))
+
+    def make_batch(start):
+        indices = order[np.arange(start, start + batch_size) % len(order)]
+        return Batch(dataset.validation_batch(indices), dataset.validation_labels[indices],
+                     min(batch_size, len(order) - start))
+
+    return Prefetcher(make_batch, range(0, len(order), batch_size), _ahead(batch_size))
+
+
+def _ahead(batch_size):
+    return max(2, IMAGES_AHEAD // batch_size)
 
 
 class Prefetcher:
-    """Iterates `make_batch(step)` over `steps`, made in order in one thread, `ahead` batches in advance.
+    """Iterates `make_batch(step)` over `steps`, in order, `ahead` batches in advance.
 
-    `wait_seconds` adds up the time for which the consumer had to wait.
+    Two are in the making at a time: while the last images of the one are decoded, threads that are done with theirs
+    begin with the other. `wait_seconds` adds up the time for which the consumer had to wait.
     """
 
     def __init__(self, make_batch, steps, ahead=2):
@@ -78,10 +115,10 @@ class Prefetcher:
     def __iter__(self):
         steps = iter(self._steps)
         pending = collections.deque()
-        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+        with concurrent.futures.ThreadPoolExecutor(max_workers=2) as threads:
             try:
                 for step in steps:
-                    pending.append(thread.submit(self._make_batch, step))
+                    pending.append(threads.submit(self._make_batch, step))
                     if len(pending) > self._ahead:
                         yield self._take(pending)
                 while pending:

@@ -2,7 +2,8 @@
 from mxnet.gluon import HybridBlock, nn
 
 from gn_gluon.errors import UserError
-from gn_gluon.models.blocks import CLASSIFIER, check_channels, convolution
+from gn_gluon.models.blocks import Convolution, Dense, Flatten, check_channels
+from gn_gluon.precision import narrow, to
 
 
 class Shortcut(HybridBlock):
@@ -15,16 +16,25 @@ class Shortcut(HybridBlock):
         super().__init__(prefix=prefix, params=params)
         self._stride = stride
         self._zeros = channels - in_channels
+        self._narrow = None
+
+    def cast(self, dtype):
+        self._narrow = narrow(dtype)
+        super().cast(dtype)
 
     def hybrid_forward(self, F, x):
         if self._stride > 1:
             x = F.Pooling(x, kernel=(1, 1), stride=(self._stride, self._stride), pool_type='max')
         if self._zeros:
+            if self._narrow:  # Pad knows no bfloat16
+                x = to(F, x, 'float32')
             # Pad leaves the first two dimensions alone, so C becomes the third. (concat with zeros aborts in its
             # gradient: oneDNN cannot split blocks of 16 channels.)
             x = F.pad(F.expand_dims(x, axis=1), mode='constant', constant_value=0,
                       pad_width=(0, 0, 0, 0, 0, self._zeros, 0, 0, 0, 0))
             x = F.reshape(x, (0, -3, -2))
+            if self._narrow:
+                x = to(F, x, self._narrow)
         return x
 
 
@@ -34,9 +44,9 @@ class PostActivationBlock(HybridBlock):
     def __init__(self, norm, in_channels, channels, stride, prefix=None, params=None):
         super().__init__(prefix=prefix, params=params)
         with self.name_scope():
-            self.conv1 = convolution(in_channels, channels, 3, stride)
+            self.conv1 = Convolution(in_channels, channels, 3, stride)
             self.norm1 = norm(in_channels=channels, activation='relu')
-            self.conv2 = convolution(channels, channels, 3)
+            self.conv2 = Convolution(channels, channels, 3)
             self.norm2 = norm(in_channels=channels, activation='relu', gamma_initializer='zeros')
             self.shortcut = Shortcut(in_channels, channels, stride)
 
@@ -56,9 +66,9 @@ class PreActivationBlock(HybridBlock):
         self._first = first
         with self.name_scope():
             self.norm1 = norm(in_channels=in_channels, activation='relu')
-            self.conv1 = convolution(in_channels, channels, 3, stride)
+            self.conv1 = Convolution(in_channels, channels, 3, stride)
             self.norm2 = norm(in_channels=channels, activation='relu')
-            self.conv2 = convolution(channels, channels, 3)
+            self.conv2 = Convolution(channels, channels, 3)
             self.shortcut = Shortcut(in_channels, channels, stride)
 
     def hybrid_forward(self, F, x):
@@ -92,7 +102,7 @@ class CifarResNet(HybridBlock):
         with self.name_scope():
             self.features = nn.HybridSequential(prefix='')
             with self.features.name_scope():
-                self.features.add(convolution(0, channels[0], 3))
+                self.features.add(Convolution(0, channels[0], 3))
                 if not pre_activation:
                     self.features.add(norm(in_channels=channels[0], activation='relu'))
                 in_channels = channels[0]
@@ -107,8 +117,8 @@ class CifarResNet(HybridBlock):
                         in_channels = width
                 if pre_activation:
                     self.features.add(norm(in_channels=in_channels, activation='relu'))
-                self.features.add(nn.GlobalAvgPool2D(), nn.Flatten())
-            self.output = nn.Dense(num_classes, in_units=in_channels, weight_initializer=CLASSIFIER)
+                self.features.add(nn.GlobalAvgPool2D(), Flatten())
+            self.output = Dense(num_classes, in_units=in_channels)
 
     def hybrid_forward(self, F, x):
         return self.output(self.features(x))

@@ -1,7 +1,7 @@
 """The small convolutional network for images of 28x28 and 32x32, down to digits of 8x8."""
 from mxnet.gluon import HybridBlock, nn
 
-from gn_gluon.models.blocks import CLASSIFIER, check_channels, convolution
+from gn_gluon.models.blocks import Convolution, Dense, Flatten, check_channels
 
 
 class ConvNet(HybridBlock):
@@ -23,11 +23,11 @@ class ConvNet(HybridBlock):
             with self.features.name_scope():
                 in_channels = 0
                 for width in channels:
-                    self.features.add(convolution(in_channels, width, 3), norm(in_channels=width, activation='relu'),
+                    self.features.add(Convolution(in_channels, width, 3), norm(in_channels=width, activation='relu'),
                                       nn.MaxPool2D(2))
                     in_channels = width
-                self.features.add(nn.Flatten(), nn.Dropout(dropout))
-            self.output = nn.Dense(num_classes, weight_initializer=CLASSIFIER)
+                self.features.add(Flatten(), nn.Dropout(dropout))
+            self.output = Dense(num_classes)
 
     def hybrid_forward(self, F, x):
         return self.output(self.features(x))

@@ -2,7 +2,7 @@
 from mxnet.gluon import HybridBlock, nn
 
 from gn_gluon.errors import UserError
-from gn_gluon.models.blocks import CLASSIFIER, convolution
+from gn_gluon.models.blocks import Convolution, Dense, Flatten
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 CHANNELS = (256, 512, 1024, 2048)
@@ -18,17 +18,17 @@ class Bottleneck(HybridBlock):
         super().__init__(prefix=prefix, params=params)
         inner = channels // 4
         with self.name_scope():
-            self.conv1 = convolution(in_channels, inner, 1)
+            self.conv1 = Convolution(in_channels, inner, 1)
             self.norm1 = norm(in_channels=inner, activation='relu')
-            self.conv2 = convolution(inner, inner, 3, stride)
+            self.conv2 = Convolution(inner, inner, 3, stride)
             self.norm2 = norm(in_channels=inner, activation='relu')
-            self.conv3 = convolution(inner, channels, 1)
+            self.conv3 = Convolution(inner, channels, 1)
             self.norm3 = norm(in_channels=channels, activation='relu', gamma_initializer='zeros')
             self.shortcut = None
             if in_channels != channels or stride != 1:
                 self.shortcut = nn.HybridSequential(prefix='shortcut_')
                 with self.shortcut.name_scope():
-                    self.shortcut.add(convolution(in_channels, channels, 1, stride), norm(in_channels=channels))
+                    self.shortcut.add(Convolution(in_channels, channels, 1, stride), norm(in_channels=channels))
 
     def hybrid_forward(self, F, x):
         residual = x if self.shortcut is None else self.shortcut(x)
@@ -54,7 +54,7 @@ class ResNet(HybridBlock):
         with self.name_scope():
             self.features = nn.HybridSequential(prefix='')
             with self.features.name_scope():
-                self.features.add(convolution(0, 64, 7, 2), norm(in_channels=64, activation='relu'),
+                self.features.add(Convolution(0, 64, 7, 2), norm(in_channels=64, activation='relu'),
                                   nn.MaxPool2D(3, 2, 1))
                 in_channels = 64
                 for stage, (blocks, channels) in enumerate(zip(BLOCKS[depth], CHANNELS)):
@@ -62,8 +62,8 @@ class ResNet(HybridBlock):
                         stride = 2 if stage > 0 and index == 0 else 1
                         self.features.add(Bottleneck(norm, in_channels, channels, stride))
                         in_channels = channels
-                self.features.add(nn.GlobalAvgPool2D(), nn.Flatten())
-            self.output = nn.Dense(num_classes, in_units=in_channels, weight_initializer=CLASSIFIER)
+                self.features.add(nn.GlobalAvgPool2D(), Flatten())
+            self.output = Dense(num_classes, in_units=in_channels)
 
     def hybrid_forward(self, F, x):
         return self.output(self.features(x))

@@ -1,7 +1,7 @@
 """VGG-16 (Simonyan & Zisserman 2015, configuration D) with a norm after each convolution (Sec. 4.1 of the paper)."""
 from mxnet.gluon import HybridBlock, nn
 
-from gn_gluon.models.blocks import CLASSIFIER, convolution
+from gn_gluon.models.blocks import Convolution, Dense, Flatten
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -23,17 +23,17 @@ class VGG16(HybridBlock):
                 in_channels = 0
                 for stage in STAGES:
                     for channels in stage:
-                        self.features.add(convolution(in_channels, channels, 3),
+                        self.features.add(Convolution(in_channels, channels, 3),
                                           norm(in_channels=channels, activation='relu'))
                         in_channels = channels
                     self.features.add(nn.MaxPool2D(2))
-                self.features.add(nn.Flatten())
+                self.features.add(Flatten())
                 in_units = 0
                 for _ in range(2):
-                    self.features.add(nn.Dense(hidden, 'relu', weight_initializer=CLASSIFIER, in_units=in_units),
+                    self.features.add(Dense(hidden, 'relu', in_units),
                                       nn.Dropout(dropout))
                     in_units = hidden
-            self.output = nn.Dense(num_classes, in_units=hidden, weight_initializer=CLASSIFIER)
+            self.output = Dense(num_classes, in_units=hidden)
 
     def hybrid_forward(self, F, x):
         return self.output(self.features(x))

@@ -11,18 +11,10 @@ import numpy as np
 from mxnet.gluon import HybridBlock
 
 from gn_gluon.errors import UserError
-from gn_gluon.norm import composed
+from gn_gluon.norm import composed, operator
+from gn_gluon.precision import dtype_name, narrow
 
 ACTIVATIONS = ('relu', 'sigmoid', 'softrelu', 'softsign', 'tanh')
-NARROW = ('float16', 'bfloat16')
-
-
-def _dtype_name(dtype):
-    """'float32', 'float16', 'bfloat16'...: MXNet's bfloat16 is a structured numpy type of one field so named."""
-    if isinstance(dtype, str):
-        return dtype
-    dtype = np.dtype(dtype)
-    return dtype.names[0] if dtype.names else dtype.name
 
 
 def _symbol_shape(x):
@@ -95,8 +87,8 @@ class _Norm(HybridBlock):
 
         A layer that was never cast takes inputs of every type, but float16 inside a hybridized parent only on a GPU.
         """
-        self._cast_to = _dtype_name(dtype)
-        super().cast('float32' if self._cast_to in NARROW else dtype)
+        self._cast_to = dtype_name(dtype)
+        super().cast('float32' if narrow(dtype) else dtype)
 
     def forward(self, x, *residual):
         """activation(norm(x)), or activation(norm(x) + residual); x and residual (N, C, ...)."""
@@ -113,7 +105,7 @@ class _Norm(HybridBlock):
                     parameter.shape = shape[1:2]
         if symbolic:
             return super().forward(x, *residual)
-        self._array_dtype = _dtype_name(x.dtype)
+        self._array_dtype = dtype_name(x.dtype)
         signature = (self._array_dtype, len(residual))
         if signature != self._traced_for:
             self._clear_cached_op()
@@ -122,6 +114,14 @@ class _Norm(HybridBlock):
             return super().forward(x, *residual)
         finally:
             self._array_dtype = None
+
+    def before_activation(self, x, *residual):
+        """norm(x), or norm(x) + residual: what `forward` gives before the activation, in a network not hybridized."""
+        activation, self._activation = self._activation, None
+        try:
+            return self.forward(x, *residual)
+        finally:
+            self._activation = activation
 
     @property
     def _dtype(self):
@@ -170,6 +170,12 @@ class GroupNorm(_Norm):
     def _settings(self):
         return f'{self._argument}={self._count}, '
 
+    @property
+    def num_groups(self):
+        """G, whichever argument gave it; None until C is known."""
+        channels = self.beta.shape[0]
+        return channels // self._group_channels(channels) if channels else None
+
     def _group_channels(self, channels):
         return self._count if self._argument == 'channels_per_group' else channels // self._count
 
@@ -188,6 +194,10 @@ class GroupNorm(_Norm):
                           'output is beta', stacklevel=4)
 
     def hybrid_forward(self, F, x, residual=None, gamma=None, beta=None):
+        if operator.takes(self._dtype):
+            relu = self._activation == 'relu'
+            y = operator.group_norm(F, x, gamma, beta, residual, (self._argument, self._count), self._epsilon, relu)
+            return y if relu else composed.finish(F, y, None, self._activation)
         gamma = self._inferable(F, self.gamma, gamma, x)
         beta = self._inferable(F, self.beta, beta, x)
         groups = (self._count, -1) if self._argument == 'num_groups' else (-1, self._count)
@@ -242,6 +252,10 @@ class BatchNorm(_Norm):
     def _settings(self):
         return f'momentum={self._momentum}, '
 
+    def training_statistics(self, mean, variance, running_mean, running_var):
+        """The (mean, variance) that a training step normalises by, given its batch's moments and the running ones."""
+        return mean, variance
+
     def hybrid_forward(self, F, x, residual=None, gamma=None, beta=None, running_mean=None, running_var=None):
         y = F.BatchNorm(x, gamma, beta, running_mean, running_var, eps=self._epsilon, momentum=self._momentum,
                         fix_gamma=False)
@@ -271,6 +285,14 @@ class BatchRenorm(BatchNorm):
 
     def _settings(self):
         return f'r_max={self._r_max}, d_max={self._d_max}, ' + super()._settings()
+
+    def training_statistics(self, mean, variance, running_mean, running_var):
+        """As BatchNorm's, with r and d: x_hat * r + d = (x - (mean - d * s)) / s, where s = deviation / r."""
+        old_deviation = (running_var + self._epsilon).sqrt()
+        d = ((mean - running_mean) / old_deviation).clip(-self._d_max, self._d_max)
+        s = (variance + self._epsilon).sqrt()
+        s = s / (s / old_deviation).clip(1 / self._r_max, self._r_max)
+        return mean - d * s, s.square() - self._epsilon
 
     def hybrid_forward(self, F, x, residual=None, gamma=None, beta=None, running_mean=None, running_var=None):
         gamma = self._inferable(F, self.gamma, gamma, x)

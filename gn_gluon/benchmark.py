@@ -1,0 +1,149 @@
+"""--benchmark: how fast an experiment trains on this machine, and whether its data keep up."""
+import contextlib
+import itertools
+import os
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from gn_gluon import compat, config
+from gn_gluon.data import loader
+from gn_gluon.experiment import Built, peak_memory
+from gn_gluon.loop import train_epoch
+from gn_gluon.metrics import Metrics
+from gn_gluon.norm.operator import active_operator
+from gn_gluon.precision import check_trainable
+from gn_gluon.replicas import check_kvstore, parse_devices
+
+#: Updates before the first timed one: compiling, memory, cuDNN's choice of algorithms, the first batches of a queue.
+WARMUP_UPDATES = 3
+#: Images of the data alone, at least: many times what is read ahead.
+DATA_IMAGES = 4096
+
+
+def benchmark(experiment, bindings, workdir, data_dir=None, num_updates=10):
+    """Time updates in the experiment's own layout: replicas, images, devices, norm, type.
+
+    Arguments:
+        experiment, bindings, workdir, data_dir: as of experiment.train; nothing is written.
+        num_updates: timed updates, after WARMUP_UPDATES others.
+    Returns a dict of settings, `peak_memory_bytes` (see experiment.peak_memory) and three measurements:
+        compute: training on random images of the data set's shape, which are in memory; no data are needed.
+        data: reading and augmenting the data set's own batches, nothing else; None where its folder is not there.
+        training: both at once, as train does it; None likewise.
+    A measurement is a dict: images_per_second, the median over the updates; quartiles, (first, third); and
+    data_wait_share, the part of the time spent waiting for a batch (from 0 to 1).
+    Raises UserError as experiment.train does. The learning rate is 0, so that noise cannot blow up the weights.
+    """
+    built = Built(experiment, workdir, data_dir)
+    config.refuse_unused(bindings)
+    operator = active_operator()[0]
+    devices = parse_devices(experiment.devices, experiment.num_replicas)
+    check_kvstore(experiment.kvstore, devices)
+    check_trainable(experiment.dtype, devices)
+    built.initialize(devices)
+    replicas, updater = built.make_replicas(devices), built.make_updater()
+
+    def measure(batches, train, title):
+        number = WARMUP_UPDATES + (num_updates if train else max(num_updates, DATA_IMAGES // experiment.batch_size))
+        with contextlib.closing(batches), tqdm(total=number, desc=title, unit='update', leave=False,
+                                               disable=None) as progress:
+            timed = _Timed(itertools.islice(batches, number), progress)
+            if train:
+                train_epoch(replicas, updater, timed, Metrics(), lambda _: 0.0, experiment.seed, timed.done)
+            else:
+                for _ in timed:
+                    timed.done()
+        return measurement(timed.done_at, timed.waits, experiment.batch_size)
+
+    result = {
+        'model': type(built.net).__name__, 'norm': experiment.norm.__name__, 'norm_operator': operator,
+        'dtype': experiment.dtype, 'image_shape': list(built.dataset.image_shape), 'layout': replicas.describe(),
+        'images_per_update': experiment.batch_size, 'num_updates': num_updates, 'warmup_updates': WARMUP_UPDATES,
+        'threads': compat.num_threads(), 'data_dir': built.data_dir,
+        'compute': measure(_made_up_batches(built), True, 'compute'), 'data': None, 'training': None}
+    # A set without a folder is part of an installed package.
+    if built.data_dir is None or os.path.isdir(built.data_dir):
+        built.load()
+        result['updates_per_epoch'] = built.steps_per_epoch  # raises where the images do not fill one
+        result['data'] = measure(_own_batches(built), False, 'data')
+        result['training'] = measure(_own_batches(built), True, 'training')
+    result['peak_memory_bytes'] = peak_memory(devices)
+    return result
+
+
+def table(result):
+    """The result of `benchmark` as text."""
+    source = result['data_dir'] or 'an installed package'
+    shape = ' x '.join(map(str, result['image_shape']))
+    lines = ['{model} with {norm} ({norm_operator}), images of {shape}, {dtype}'.format(shape=shape, **result),
+             '{layout}, {threads} threads'.format(**result),
+             '{num_updates} updates of {images_per_update} images, after {warmup_updates} to warm up'.format(**result),
+             '', '{:10}{:>10}  {:>17}  {:>16}'.format('', 'images/s', 'quartiles', 'waiting for data')]
+    for name, what in (('compute', 'random images, in memory'), ('data', f'reading {source} alone'),
+                       ('training', 'both, as in training')):
+        measured = result[name]
+        if measured is None:
+            lines.append(f'{name:10}not measured: {source} is not there')
+            continue
+        wait = '-' if name == 'data' else '{:.1f} %'.format(100 * measured['data_wait_share'])
+        lines.append('{:10}{:10.2f}  {:8.2f} {:8.2f}  {:>16}  {}'.format(
+            name, measured['images_per_second'], *measured['quartiles'], wait, what))
+    lines += ['', 'peak memory {:.2f} GiB'.format(result['peak_memory_bytes'] / 2**30)]
+    return '\n'.join(lines)
+
+
+def _made_up_batches(built):
+    """The same batch of noise again and again."""
+    experiment, rng = built.experiment, np.random.default_rng(built.experiment.seed)
+    images = rng.standard_normal((experiment.batch_size,) + built.dataset.image_shape, dtype=np.float32)
+    labels = rng.integers(0, built.dataset.num_classes, experiment.batch_size).astype(np.int32)
+    while True:
+        yield loader.Batch(images, labels, experiment.batch_size)
+
+
+def _own_batches(built):
+    """The training batches of one epoch after another."""
+    experiment = built.experiment
+    for epoch in itertools.count():
+        yield from loader.train_batches(built.dataset, experiment.batch_size, experiment.seed, epoch)
+
+
+class _Timed:
+    """Iterates over `batches`; keeps how long each was waited for, and when each was done with."""
+
+    def __init__(self, batches, progress):
+        self._batches = batches
+        self._progress = progress
+        self.waits = []
+        self.done_at = []
+
+    def __iter__(self):
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(self._batches)
+            except StopIteration:
+                return
+            self.waits.append(time.perf_counter() - start)
+            yield batch
+
+    def done(self, *_):
+        """The batch that was last handed out is done with."""
+        self.done_at.append(time.perf_counter())
+        self._progress.update()
+
+
+def measurement(done, waits, batch_size):
+    """A measurement of `benchmark` from the end of the warm-up on.
+
+    Arguments:
+        done: for each batch the time in seconds at which it was done with.
+        waits: for each batch the seconds for which it was waited for before.
+        batch_size: images of a batch.
+    """
+    seconds = np.diff(done[WARMUP_UPDATES - 1:])
+    first, median, third = np.percentile(batch_size / seconds, (25, 50, 75))
+    return {'images_per_second': median, 'quartiles': (first, third),
+            'data_wait_share': sum(waits[WARMUP_UPDATES:]) / seconds.sum()}
