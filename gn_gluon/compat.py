@@ -147,14 +147,15 @@ def divide_threads(contexts, module):
 
 
 def let_waiting_threads_sleep(environ):
-    """Set OMP_WAIT_POLICY=PASSIVE in `environ` unless the user chose.
+    """Set GOMP_SPINCOUNT=2000 in `environ` unless the user chose: threads that wait spin for microseconds, then sleep.
 
-    By default OpenMP's threads spin while they wait. Alone on the machine that makes no difference to be measured, but
-    as soon as another process has one of the cores each of a small network's many short waits may last a time slice: an
-    epoch of digits_bn_bs2 took 1.5 s in one run and 34 to 250 s in others, on two cores.
+    By default OpenMP's threads spin for a millisecond and more. Alone on the machine that is the fastest for small
+    networks, but as soon as another process has one of the cores each of their many short waits may last a time slice:
+    an epoch of digits_bn_bs2 took 1.5 s in one run and 34 to 250 s in others, on two cores. Not to spin at all costs
+    small networks half of their speed. docs/operator.md has the figures.
     """
     if not (environ.get('OMP_WAIT_POLICY') or environ.get('GOMP_SPINCOUNT')):
-        environ['OMP_WAIT_POLICY'] = 'PASSIVE'
+        environ['GOMP_SPINCOUNT'] = '2000'
 
 
 def allow_amx(environ, flags):

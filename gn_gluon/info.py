@@ -7,7 +7,8 @@ import mxnet as mx
 
 import gn_gluon
 from gn_gluon import compat
-from gn_gluon.errors import command
+from gn_gluon.errors import UserError, command
+from gn_gluon.norm import build
 from gn_gluon.norm.operator import active_operator
 
 PACKAGES = ('numpy', 'gluoncv', 'gin-config', 'opencv-python', 'h5py', 'scikit-learn', 'tensorboardX',
@@ -59,9 +60,24 @@ def _gpus(num_gpus):
                      for index, (major, minor) in enumerate(compat.compute_capabilities()[:num_gpus]))
 
 
+def build_ahead():
+    """Compile and test the norm operators now, instead of at first use. Raises UserError when that is impossible."""
+    try:
+        folder = build.built()
+        for tier in ('native', 'extension'):
+            print(f'{tier}: ' + (build.self_test(folder, tier) or 'passed its self-test'))
+    except build.BuildError as problem:
+        raise UserError(str(problem)) from None
+    print(f'compiled in {folder}\n')
+
+
 def main():
     """Print the table."""
-    argparse.ArgumentParser(prog='python -m gn_gluon.info', description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(prog='python -m gn_gluon.info', description=__doc__)
+    parser.add_argument('--build', action='store_true',
+                        help='first compile the norm operator, if it never was, and test it: what its first use does')
+    if parser.parse_args().build:
+        build_ahead()
     print(table(sections()))
 
 

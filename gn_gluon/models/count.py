@@ -28,6 +28,7 @@ def count_multiply_adds(net, input_shape):
     for node in nodes:
         if node['op'] in ('Convolution', 'FullyConnected'):
             weight = nodes[node['inputs'][1][0]]['name']
-            pixels = outputs[node['name'] + '_output'][2:]
-            total += int(np.prod(parameters[weight])) * int(np.prod(pixels))
+            if weight in parameters:  # and not the identity of a shortcut, which stands for a copy
+                pixels = outputs[node['name'] + '_output'][2:]
+                total += int(np.prod(parameters[weight])) * int(np.prod(pixels))
     return total

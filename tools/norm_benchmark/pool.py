@@ -78,8 +78,10 @@ def environment_for(environ, threads, extra, contestant, case):
     environment = dict(environ, OMP_NUM_THREADS=str(threads))
     environment.pop('MXNET_OMP_MAX_THREADS', None)  # it would be preferred
     if contestant.framework == 'mxnet':
-        # MXNet's own norms have no use for an operator of ours: composed is the one that loads nothing.
-        environment['GN_GLUON_OPERATOR'] = contestant.operator or 'composed'
+        # Beside MXNet's own norms stands the operator that gn_gluon chooses: its update of the weights is theirs too.
+        environment.pop('GN_GLUON_OPERATOR', None)
+        if contestant.operator:
+            environment['GN_GLUON_OPERATOR'] = contestant.operator
     if case.get('instrument') == 'primitives':
         environment.update(DNNL_VERBOSE='1', ONEDNN_VERBOSE='1')  # the names of oneDNN 2 and 3
     environment.update((name, value) for framework, name, value in extra if framework in (None, contestant.framework))
