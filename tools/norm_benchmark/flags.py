@@ -28,7 +28,7 @@ def parse_flags(description, arguments=None):
     parser.add_argument('--threads', help="OpenMP's (default: as gn_gluon sets them: the physical cores)")
     parser.add_argument('--env', action='append', default=[], metavar='[mxnet:|torch:]NAME=VALUE',
                         help='a variable for all processes or those of one framework, such as '
-                             'torch:OMP_WAIT_POLICY=PASSIVE; repeatable. gn_gluon sets PASSIVE for MXNet')
+                             'torch:OMP_WAIT_POLICY=PASSIVE; repeatable. gn_gluon sets GOMP_SPINCOUNT=2000 for MXNet')
     parser.add_argument('--attribute', action='store_true',
                         help="instead: where a training step goes, by oneDNN's primitives and MXNet's operators; of "
                              + ', '.join(ATTRIBUTED) + ' or of --only')

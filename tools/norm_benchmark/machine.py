@@ -19,7 +19,7 @@ def describe(flags, environ):
         'physical_cores': compat.usable_cores(), 'threads': flags.threads,
         'memory_gib': round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2 ** 30, 1),
         'load_average': round(os.getloadavg()[0], 2),
-        'mxnet_wait_policy': _wait_policy('mxnet', flags, environ) or 'PASSIVE, as gn_gluon sets it',
+        'mxnet_wait_policy': _wait_policy('mxnet', flags, environ) or 'GOMP_SPINCOUNT=2000, as gn_gluon sets it',
         'torch_wait_policy': _wait_policy('torch', flags, environ) or 'not set',
         'platform': platform.platform(), 'python': platform.python_version(), 'gn_gluon': gn_gluon.__version__,
         'mxnet': compat.version('mxnet'), 'numpy': compat.version('numpy'),
