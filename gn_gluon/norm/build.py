@@ -137,7 +137,8 @@ def _key():
         with open(path, 'rb') as file:
             digest.update(os.path.basename(path).encode() + b'\0' + file.read())
     version = subprocess.run([compiler(), '--version'], stdout=subprocess.PIPE, check=False).stdout
-    for part in (wheel_sha256(), version.decode(errors='replace'), compat.processor(), *compat.processor_flags()):
+    for part in (wheel_sha256(), version.decode(errors='replace'), compat.processor(), *compat.processor_flags(),
+                 str(compat.compute_capabilities())):
         digest.update(part.encode() + b'\0')
     return digest.hexdigest()[:16]
 

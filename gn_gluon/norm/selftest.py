@@ -3,6 +3,7 @@
 Run by `build.self_test` once per machine, before the library may enter a user's process. The definition of GroupNorm
 in NumPy is the measure; in between stand convolutions, so that arrays come in oneDNN's layouts.
 """
+import itertools
 import sys
 
 import mxnet as mx
@@ -37,45 +38,50 @@ def check(name, got, wanted, bound):
 
 
 def main(tier, folder):
-    """Load the operator and compare it."""
+    """Load the operator and compare it, on the CPU and, if there are any, on a GPU."""
     operator.load(tier, folder)
-    random = np.random.RandomState(0)
-    identity = mx.nd.array(np.eye(32).reshape(32, 32, 1, 1))  # a convolution that changes the layout alone
+    dtypes = ('float32', BFLOAT16) if tier == 'native' else ('float32',)
+    requests = ('write', 'add') if tier == 'native' else ('write',)
+    for device in [mx.cpu()] + [mx.gpu(0)] * bool(mx.context.num_gpus()):
+        for dtype, through_convolutions, request in itertools.product(dtypes, (False, True), requests):
+            compare(device, dtype, through_convolutions, request)
+    print('right')
 
-    def convolve(x):
+
+def compare(device, dtype, through_convolutions, request):
+    """One case: exits with a sentence if it is wrong."""
+    random = np.random.RandomState(0)
+    identity = mx.nd.array(np.eye(32).reshape(32, 32, 1, 1), ctx=device)
+
+    def convolve(x):  # changes the layout alone
         return mx.nd.Convolution(x, mx.nd.amp_cast(identity, dtype=x.dtype), kernel=(1, 1), num_filter=32, no_bias=True)
 
-    for dtype in ('float32', BFLOAT16) if tier == 'native' else ('float32',):
-        for through_convolutions in (False, True):
-            for request in ('write', 'add') if tier == 'native' else ('write',):
-                x, residual, dy = (random.normal(size=(3, 32, 9, 7)).astype('float32') for _ in range(3))
-                # Numbers that bfloat16 holds, so that the reference has the same input.
-                x, residual, dy = ((np.round(array * 32) / 32).astype('float32') for array in (x, residual, dy))
-                gamma, beta = random.uniform(.5, 1.5, 32).astype('float32'), random.normal(size=32).astype('float32')
-                arrays = [mx.nd.array(array) for array in (x, gamma, beta, residual)]
-                for array in arrays:
-                    array.attach_grad(request)
-                    array.grad[:] = 1
-                with mx.autograd.record():
-                    inputs = [arrays[0], arrays[3]]
-                    if dtype != 'float32':  # identity, since a cast loses its gradient under grad_req 'add'
-                        inputs = [mx.nd.amp_cast(mx.nd.identity(array), dtype=dtype) for array in inputs]
-                    if through_convolutions:
-                        inputs = [convolve(array) for array in inputs]
-                    y = mx.nd.gn_gluon_group_norm(inputs[0], arrays[1], arrays[2], inputs[1], num_groups=GROUPS,
-                                                  relu=1, residual=1, epsilon=1e-5)
-                    y = y[0] if isinstance(y, list) else y
-                    out = convolve(y) if through_convolutions else y
-                    out = out if dtype == 'float32' else mx.nd.amp_cast(out, dtype='float32')
-                out.backward(mx.nd.array(dy))
-                wanted = definition(x, gamma, beta, residual, dy)
-                bound = 1e-5 if dtype == 'float32' else 2e-2
-                case = f'{dtype}, convolutions {through_convolutions}, grad_req {request}:'
-                check(f'{case} the output', out, wanted[0], bound)
-                for name, array, gradient in zip(('x', 'residual', 'gamma', 'beta'),
-                                                 (arrays[0], arrays[3], arrays[1], arrays[2]), wanted[1:]):
-                    check(f'{case} the gradient of {name}', array.grad, gradient + (request == 'add'), bound)
-    print('right')
+    # Numbers that bfloat16 holds, so that the reference has the same input.
+    x, residual, dy = ((np.round(random.normal(size=(3, 32, 9, 7)) * 32) / 32).astype('float32') for _ in range(3))
+    gamma, beta = random.uniform(.5, 1.5, 32).astype('float32'), random.normal(size=32).astype('float32')
+    arrays = [mx.nd.array(array, ctx=device) for array in (x, gamma, beta, residual)]
+    for array in arrays:
+        array.attach_grad(request)
+        array.grad[:] = 1
+    with mx.autograd.record():
+        inputs = [arrays[0], arrays[3]]
+        if dtype != 'float32':  # identity, since a cast loses its gradient under grad_req 'add'
+            inputs = [mx.nd.amp_cast(mx.nd.identity(array), dtype=dtype) for array in inputs]
+        if through_convolutions:
+            inputs = [convolve(array) for array in inputs]
+        y = mx.nd.gn_gluon_group_norm(inputs[0], arrays[1], arrays[2], inputs[1], num_groups=GROUPS, relu=1,
+                                      residual=1, epsilon=1e-5)
+        y = y[0] if isinstance(y, list) else y
+        out = convolve(y) if through_convolutions else y
+        out = out if dtype == 'float32' else mx.nd.amp_cast(out, dtype='float32')
+    out.backward(mx.nd.array(dy, ctx=device))
+    wanted = definition(x, gamma, beta, residual, dy)
+    bound = 1e-5 if dtype == 'float32' else 2e-2
+    case = f'{device}, {dtype}, convolutions {through_convolutions}, grad_req {request}:'
+    check(f'{case} the output', out, wanted[0], bound)
+    for name, array, gradient in zip(('x', 'residual', 'gamma', 'beta'), (arrays[0], arrays[3], arrays[1], arrays[2]),
+                                     wanted[1:]):
+        check(f'{case} the gradient of {name}', array.grad, gradient + (request == 'add'), bound)
 
 
 if __name__ == '__main__':
