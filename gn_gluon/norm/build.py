@@ -2,7 +2,7 @@
 
 They cannot come ready-made: pip builds a package without MXNet's headers at hand, and MXNet keeps no binary interface.
 The cache is `GN_GLUON_CACHE` or the user's cache folder. In it one folder per combination of sources, MXNet wheel,
-compiler and processor holds the libraries, the compiler's output and what the self-tests found.
+compiler and processor holds the libraries and what the self-tests found.
 """
 import concurrent.futures
 import contextlib

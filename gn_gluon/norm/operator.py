@@ -111,8 +111,8 @@ def nesterov_update(weights, gradients, velocities, rates, decays, momentum, res
     """One step of gradient descent with Nesterov momentum, in place, of lists of arrays (native/nesterov.h).
 
     weights, gradients, velocities : lists of NDArrays. rates, decays : learning rate and weight decay of each.
-    momentum, rescale : numbers; the gradients are multiplied by `rescale`. A velocity holds the rate: it is subtracted
-    from the weight as it is.
+    momentum, rescale : numbers; the gradients are multiplied by `rescale`. As in MXNet's NAG, a velocity is a step that
+    is added to the weight: it holds the rate, and points downhill.
     """
     arrays = [array for arrays in zip(weights, gradients, velocities) for array in arrays]
     mx.nd.gn_gluon_nesterov_update(*arrays, num_arrays=len(weights), momentum=repr(momentum), rescale=repr(rescale),
