@@ -28,8 +28,9 @@ struct Case {
 
   std::string text() const {
     char buffer[200];
-    std::snprintf(buffer, sizeof buffer, "N%ld C%ld L%ld G%ld type%d period%ld relu%d residual%d add%d mean%g", shape.samples,
-                  shape.channels, shape.pixels, shape.groups, static_cast<int>(type), period, relu, residual, add, mean);
+    std::snprintf(buffer, sizeof buffer, "N%ld C%ld L%ld G%ld type%d period%ld relu%d residual%d add%d mean%g",
+                  shape.samples, shape.channels, shape.pixels, shape.groups, static_cast<int>(type), period, relu, residual,
+                  add, mean);
     return buffer;
   }
 };
@@ -256,7 +257,8 @@ bool large() {
   std::vector<float> gamma(channels, 1.f), beta(channels, 0.f), mean(4), rstd(4), dgamma(channels);
   forward(s, Forward{Type::bfloat16, 1, false, x.data(), nullptr, gamma.data(), beta.data(), x.data(), mean.data(),
                      rstd.data()});
-  return std::fabs(mean[1]) < 1e-6 && std::fabs(rstd[1] - 1) < 1e-4 && std::equal(tail.begin(), tail.end(), x.end() - 8);
+  return std::fabs(mean[1]) < 1e-6 && std::fabs(rstd[1] - 1) < 1e-4 &&
+         std::equal(tail.begin(), tail.end(), x.end() - 8);
 }
 
 }  // namespace

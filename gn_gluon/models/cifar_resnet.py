@@ -3,7 +3,7 @@ import mxnet as mx
 from mxnet.gluon import HybridBlock, nn
 
 from gn_gluon.errors import UserError
-from gn_gluon.models.blocks import Convolution, Dense, Flatten, check_channels
+from gn_gluon.models.blocks import Convolution, Dense, GlobalAverage, check_channels
 from gn_gluon.precision import narrow, to
 
 
@@ -116,7 +116,7 @@ class CifarResNet(HybridBlock):
                         in_channels = width
                 if pre_activation:
                     self.features.add(norm(in_channels=in_channels, activation='relu'))
-                self.features.add(nn.GlobalAvgPool2D(), Flatten())
+                self.features.add(GlobalAverage())
             self.output = Dense(num_classes, in_units=in_channels)
 
     def hybrid_forward(self, F, x):

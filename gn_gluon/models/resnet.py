@@ -2,7 +2,7 @@
 from mxnet.gluon import HybridBlock, nn
 
 from gn_gluon.errors import UserError
-from gn_gluon.models.blocks import Convolution, Dense, Flatten
+from gn_gluon.models.blocks import Convolution, Dense, GlobalAverage
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 CHANNELS = (256, 512, 1024, 2048)
@@ -62,7 +62,7 @@ class ResNet(HybridBlock):
                         stride = 2 if stage > 0 and index == 0 else 1
                         self.features.add(Bottleneck(norm, in_channels, channels, stride))
                         in_channels = channels
-                self.features.add(nn.GlobalAvgPool2D(), Flatten())
+                self.features.add(GlobalAverage())
             self.output = Dense(num_classes, in_units=in_channels)
 
     def hybrid_forward(self, F, x):

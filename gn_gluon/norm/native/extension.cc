@@ -190,8 +190,8 @@ REGISTER_OP(gn_gluon_group_norm)
     .setInferShape(infer_shape);
 
 // The update of nesterov.h: (weight, gradient, velocity) of each array in turn, weights and velocities are changed.
-// Computed by operator B alone: this interface hands over a copy of what is in oneDNN's layout, and what is written into
-// a copy is lost.
+// Computed by operator B alone: this interface hands over a copy of what is in oneDNN's layout, and what is written
+// into a copy is lost.
 namespace {
 
 MXReturnValue refuse(const Attributes&, Tensors*, Tensors*, const OpResource&) {

@@ -70,6 +70,10 @@ struct Geometry {
   int64_t offset(int64_t sample, int64_t channel) const {
     return (sample * channels + channel - channel % period) * pixels + channel % period;
   }
+  // A column: so many registers of values, `stride` apart, and after them the rest of a plain channel's pixels.
+  template <bool kPlain> int64_t stride() const { return kPlain ? kLanes : period; }
+  template <bool kPlain> int64_t vectors() const { return kPlain ? pixels / kLanes : pixels; }
+  template <bool kPlain> int rest() const { return kPlain ? pixels % kLanes : 0; }
   int64_t segments() const { return (unit_channels + segment_channels - 1) / segment_channels; }
 };
 
@@ -107,6 +111,21 @@ template <bool kPlain>
 inline Lanes coefficient(const float* of_channels, int column) {
   return kPlain ? broadcast(*of_channels) : load(of_channels + column * kLanes);
 }
+
+// What makes y of x in the columns of a block: centred(x) * scale + shift.
+template <bool kPlain, int kColumns>
+struct Affine {
+  Lanes mean[kColumns], scale[kColumns], shift[kColumns];
+
+  Affine(const Scratch& scratch, int64_t channel) {
+    for (int c = 0; c < kColumns; ++c) {
+      mean[c] = coefficient<kPlain>(scratch.mean + channel, c);
+      scale[c] = coefficient<kPlain>(scratch.scale + channel, c);
+      shift[c] = coefficient<kPlain>(scratch.shift + channel, c);
+    }
+  }
+  Lanes operator()(Lanes centred, int c) const { return centred * scale[c] + shift[c]; }
+};
 
 // ------------------------------------------------------------------------------------------- first pass, forward
 
@@ -224,7 +243,8 @@ void finish_moments(const Shape& shape, const Geometry& geometry, const Forward&
     const double mean = split(group.mean, a.mean + index, a.mean + all + index);
     statistics.mean = a.mean[index];
     statistics.rest_of_mean = mean - statistics.mean;
-    statistics.rstd = split(1 / __builtin_sqrt(group.m2 / group.count + shape.epsilon), a.rstd + index, a.rstd + all + index);
+    const double rstd = 1 / __builtin_sqrt(group.m2 / group.count + shape.epsilon);
+    statistics.rstd = split(rstd, a.rstd + index, a.rstd + all + index);
     for (int64_t channel = first; channel < first + geometry.group_channels; ++channel) {
       scratch.mean[channel] = statistics.mean;
       affine(statistics, a.gamma[unit_channel + channel], a.beta[unit_channel + channel], scratch.scale + channel,
@@ -238,25 +258,19 @@ void finish_moments(const Shape& shape, const Geometry& geometry, const Forward&
 template <typename T, bool kPlain, int kColumns, bool kRelu, bool kResidual>
 void normalize_block(const Geometry& geometry, const T* x, const T* residual, T* y, const Scratch& scratch,
                      int64_t channel) {
-  Lanes mean[kColumns], scale[kColumns], shift[kColumns];
-  for (int c = 0; c < kColumns; ++c) {
-    mean[c] = coefficient<kPlain>(scratch.mean + channel, c);
-    scale[c] = coefficient<kPlain>(scratch.scale + channel, c);
-    shift[c] = coefficient<kPlain>(scratch.shift + channel, c);
-  }
-  const int64_t stride = kPlain ? kLanes : geometry.period;
-  const int64_t vectors = kPlain ? geometry.pixels / kLanes : geometry.pixels;
+  const Affine<kPlain, kColumns> to_y(scratch, channel);
+  const int64_t stride = geometry.stride<kPlain>(), vectors = geometry.vectors<kPlain>();
   for (int64_t i = 0; i < vectors; ++i)
     for (int c = 0; c < kColumns; ++c) {
       const int64_t at = i * stride + c * kLanes;
-      Lanes value = (load(x + at) - mean[c]) * scale[c] + shift[c];
+      Lanes value = to_y(load(x + at) - to_y.mean[c], c);
       if (kResidual) value += load(residual + at);
       store(y + at, kRelu ? relu(value) : value);
     }
-  const int rest = kPlain ? geometry.pixels % kLanes : 0;
+  const int rest = geometry.rest<kPlain>();
   if (rest) {
     const int64_t at = vectors * kLanes;
-    Lanes value = (load(x + at, rest) - mean[0]) * scale[0] + shift[0];
+    Lanes value = to_y(load(x + at, rest) - to_y.mean[0], 0);
     if (kResidual) value += load(residual + at, rest);
     store(y + at, kRelu ? relu(value) : value, rest);
   }
@@ -276,24 +290,18 @@ void normalize_segment(const Geometry& geometry, const Forward& a, int64_t sampl
 // ------------------------------------------------------------------------------------------- first pass, backward
 
 // dy where y > 0. Without a residual the sign of y is that of its own formula, one array less to read.
-template <bool kRelu, bool kResidual, typename T, typename... Count>
-inline Lanes masked(Lanes dy, Lanes centred, Lanes scale, Lanes shift, const T* y, Count... count) {
+template <bool kRelu, bool kResidual, typename Affine, typename T, typename... Count>
+inline Lanes masked(Lanes dy, Lanes centred, const Affine& to_y, int c, const T* y, Count... count) {
   if (!kRelu) return dy;
-  return positive(dy, kResidual ? load(y, count...) : centred * scale + shift);
+  return positive(dy, kResidual ? load(y, count...) : to_y(centred, c));
 }
 
 template <typename T, bool kPlain, int kColumns, bool kRelu, bool kResidual>
 void sum_block(const Geometry& geometry, const T* dy, const T* x, const T* y, const Scratch& scratch,
                int64_t channel) {
   constexpr int kChains = kColumns == 1 ? 2 : 1;
-  Lanes mean[kColumns], scale[kColumns], shift[kColumns];
-  for (int c = 0; c < kColumns; ++c) {
-    mean[c] = coefficient<kPlain>(scratch.mean + channel, c);
-    scale[c] = coefficient<kPlain>(scratch.scale + channel, c);
-    shift[c] = coefficient<kPlain>(scratch.shift + channel, c);
-  }
-  const int64_t stride = kPlain ? kLanes : geometry.period;
-  const int64_t vectors = kPlain ? geometry.pixels / kLanes : geometry.pixels;
+  const Affine<kPlain, kColumns> to_y(scratch, channel);
+  const int64_t stride = geometry.stride<kPlain>(), vectors = geometry.vectors<kPlain>();
   double sums[kColumns * kLanes] = {}, products[kColumns * kLanes] = {};
   for (int64_t start = 0; start < vectors; start += kSumPiece / (kColumns * kLanes)) {
     const int64_t end = least(start + kSumPiece / (kColumns * kLanes), vectors);
@@ -303,16 +311,16 @@ void sum_block(const Geometry& geometry, const T* dy, const T* x, const T* y, co
       for (int chain = 0; chain < kChains; ++chain)
         for (int c = 0; c < kColumns; ++c) {
           const int64_t at = (i + chain) * stride + c * kLanes;
-          const Lanes centred = load(x + at) - mean[c];
-          const Lanes slope = masked<kRelu, kResidual>(load(dy + at), centred, scale[c], shift[c], y + at);
+          const Lanes centred = load(x + at) - to_y.mean[c];
+          const Lanes slope = masked<kRelu, kResidual>(load(dy + at), centred, to_y, c, y + at);
           sum[chain][c] += slope;
           product[chain][c] += slope * centred;
         }
     for (; i < end; ++i)
       for (int c = 0; c < kColumns; ++c) {
         const int64_t at = i * stride + c * kLanes;
-        const Lanes centred = load(x + at) - mean[c];
-        const Lanes slope = masked<kRelu, kResidual>(load(dy + at), centred, scale[c], shift[c], y + at);
+        const Lanes centred = load(x + at) - to_y.mean[c];
+        const Lanes slope = masked<kRelu, kResidual>(load(dy + at), centred, to_y, c, y + at);
         sum[0][c] += slope;
         product[0][c] += slope * centred;
       }
@@ -335,11 +343,11 @@ void sum_block(const Geometry& geometry, const T* dy, const T* x, const T* y, co
     sum += sums[lane];
     product += products[lane];
   }
-  const int rest = geometry.pixels % kLanes;
+  const int rest = geometry.rest<kPlain>();
   if (rest) {
     const int64_t at = vectors * kLanes;
-    const Lanes centred = load(x + at, rest) - mean[0];
-    const Lanes slope = masked<kRelu, kResidual>(load(dy + at, rest), centred, scale[0], shift[0], y + at, rest);
+    const Lanes centred = load(x + at, rest) - to_y.mean[0];
+    const Lanes slope = masked<kRelu, kResidual>(load(dy + at, rest), centred, to_y, 0, y + at, rest);
     for (int lane = 0; lane < rest; ++lane) {
       sum += slope[lane];
       product += static_cast<double>(slope[lane]) * centred[lane];
@@ -402,33 +410,30 @@ void finish_sums(const Shape& shape, const Geometry& geometry, const Backward& a
 template <typename T, bool kPlain, int kColumns, bool kRelu, bool kResidual>
 void gradient_block(const Geometry& geometry, const T* dy, const T* x, const T* y, T* dx, T* dresidual, bool add_dx,
                     bool add_dresidual, const Scratch& scratch, int64_t channel) {
-  Lanes mean[kColumns], scale[kColumns], shift[kColumns], from_dy[kColumns], from_x[kColumns], constant[kColumns];
+  const Affine<kPlain, kColumns> to_y(scratch, channel);
+  Lanes from_dy[kColumns], from_x[kColumns], constant[kColumns];
   for (int c = 0; c < kColumns; ++c) {
-    mean[c] = coefficient<kPlain>(scratch.mean + channel, c);
-    scale[c] = coefficient<kPlain>(scratch.scale + channel, c);
-    shift[c] = coefficient<kPlain>(scratch.shift + channel, c);
     from_dy[c] = coefficient<kPlain>(scratch.from_dy + channel, c);
     from_x[c] = coefficient<kPlain>(scratch.from_x + channel, c);
     constant[c] = coefficient<kPlain>(scratch.constant + channel, c);
   }
-  const int64_t stride = kPlain ? kLanes : geometry.period;
-  const int64_t vectors = kPlain ? geometry.pixels / kLanes : geometry.pixels;
+  const int64_t stride = geometry.stride<kPlain>(), vectors = geometry.vectors<kPlain>();
   for (int64_t i = 0; i < vectors; ++i)
     for (int c = 0; c < kColumns; ++c) {
       const int64_t at = i * stride + c * kLanes;
-      const Lanes centred = load(x + at) - mean[c];
-      const Lanes slope = masked<kRelu, kResidual>(load(dy + at), centred, scale[c], shift[c], y + at);
+      const Lanes centred = load(x + at) - to_y.mean[c];
+      const Lanes slope = masked<kRelu, kResidual>(load(dy + at), centred, to_y, c, y + at);
       if (kResidual && dresidual) store(dresidual + at, add_dresidual ? load(dresidual + at) + slope : slope);
       if (dx) {
         const Lanes gradient = slope * from_dy[c] + (centred * from_x[c] + constant[c]);
         store(dx + at, add_dx ? load(dx + at) + gradient : gradient);
       }
     }
-  const int rest = kPlain ? geometry.pixels % kLanes : 0;
+  const int rest = geometry.rest<kPlain>();
   if (rest) {
     const int64_t at = vectors * kLanes;
-    const Lanes centred = load(x + at, rest) - mean[0];
-    const Lanes slope = masked<kRelu, kResidual>(load(dy + at, rest), centred, scale[0], shift[0], y + at, rest);
+    const Lanes centred = load(x + at, rest) - to_y.mean[0];
+    const Lanes slope = masked<kRelu, kResidual>(load(dy + at, rest), centred, to_y, 0, y + at, rest);
     if (kResidual && dresidual)
       store(dresidual + at, add_dresidual ? load(dresidual + at, rest) + slope : slope, rest);
     if (dx) {

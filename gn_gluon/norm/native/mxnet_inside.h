@@ -1,8 +1,8 @@
 // The doors into libmxnet.so 1.9.1 that its public interface does not have, and why each of them holds.
 //
-// Everything here is bound to one binary: native.py loads this library only beside a libmxnet.so of known SHA-256, after
-// a self-test in another process. The wheel was compiled with GCC 4.8 and exports all its C++ symbols; we compile with
-// the compiler at hand and the old string ABI (-D_GLIBCXX_USE_CXX11_ABI=0), and its own headers and -D flags.
+// Everything here is bound to one binary: operator.py loads this library only beside a libmxnet.so of known SHA-256,
+// after a self-test in another process. The wheel was compiled with GCC 4.8 and exports all its C++ symbols; we compile
+// with the compiler at hand and the old string ABI (-D_GLIBCXX_USE_CXX11_ABI=0), and its own headers and -D flags.
 #pragma once
 #include <algorithm>
 #include <atomic>

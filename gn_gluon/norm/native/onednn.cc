@@ -125,8 +125,8 @@ float* small_output(const NDArray& array, mxnet::OpReqType request) {
   return static_cast<float*>(first_byte(array));
 }
 
-void compute_forward(const nnvm::NodeAttrs& attributes, const mxnet::OpContext&, const Arrays& in, const Requests& request,
-                     const Arrays& out) {
+void compute_forward(const nnvm::NodeAttrs& attributes, const mxnet::OpContext&, const Arrays& in,
+                     const Requests& request, const Arrays& out) {
   CHECK(request[0] != mxnet::kAddTo) << "GroupNorm's output cannot be added to what is there";
   if (request[0] == mxnet::kNullOp) return;
   std::list<NDArray> copies;
