@@ -25,7 +25,7 @@ setup(
     python_requires='>=3.8,<3.13',
     packages=find_packages(include=['gn_gluon', 'gn_gluon.*']) + ['gn_gluon.recipes'],
     package_dir={'gn_gluon.recipes': 'gin'},
-    package_data={'gn_gluon.recipes': ['*.gin'], 'gn_gluon.norm': ['native/*']},
+    package_data={'gn_gluon': ['templates/*'], 'gn_gluon.recipes': ['*.gin'], 'gn_gluon.norm': ['native/*']},
     options={'build': {'build_base': build_folder}, 'egg_info': {'egg_base': build_folder}},
     # Bounded by the next, untested major version: gluoncv, of 2022, asks for any pandas, Pillow and scipy.
     install_requires=[
@@ -33,11 +33,13 @@ setup(
         'gin-config>=0.5,<0.6',
         'gluoncv>=0.10.5,<0.11',
         'h5py<4',
-        'matplotlib<4',
+        'jinja2>=3,<4',
+        'matplotlib>=3.7,<4',  # legends outside of the axes
         'numpy<2',  # MXNet 1.9.1 uses names that numpy 2 lacks
         'opencv-python<4.12',  # 4.12 needs numpy 2; not the -headless twin, since gluoncv requires this one
         'pandas<4',
         'Pillow<14',
+        'safetensors<1',  # weights of other frameworks
         'scikit-learn<2',  # the handwritten digits
         'scipy<2',
         'setuptools<85; python_version >= "3.12"',  # the distutils that MXNet imports
@@ -58,7 +60,9 @@ setup(
             'nvidia-nccl-cu11==2.21.5',
             'nvidia-nvtx-cu11==11.8.86',
         ],
+        'export': ['onnx<2'],
         # NVRTC shows without a GPU that the CUDA kernels compile.
-        'test': ['pytest', 'ruff', 'nvidia-cuda-nvrtc-cu11==11.8.89; platform_machine == "x86_64"'],
+        'test': ['onnx<2', 'onnxruntime<2', 'pytest', 'ruff',
+                 'nvidia-cuda-nvrtc-cu11==11.8.89; platform_machine == "x86_64"'],
     },
 )

@@ -196,6 +196,20 @@ def write_text(path, text):
         os.replace(path + '.new', path)
 
 
+def write_bytes(path, content):
+    """As `write_text`, of bytes."""
+    with _writing(path):
+        _write(path + '.new', content)
+        os.replace(path + '.new', path)
+
+
+def write_arrays(path, arrays):
+    """As `write_text`, of a dict of NDArrays in MXNet's own format (.params)."""
+    with _writing(path):
+        _save_arrays(path + '.new', arrays)
+        os.replace(path + '.new', path)
+
+
 @contextlib.contextmanager
 def _writing(path):
     try:
@@ -205,9 +219,9 @@ def _writing(path):
             path, getattr(error, 'strerror', None) or error)) from None
 
 
-def _write(path, text):
-    with open(path, 'w') as file:
-        file.write(text)
+def _write(path, content):
+    with open(path, 'wb' if isinstance(content, bytes) else 'w') as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,7 +1,6 @@
 """python -m gn_gluon.eval --gin_file gin/cifar_bn.gin: evaluate that experiment's run over the whole validation set."""
 import argparse
 import json
-import os
 
 from absl.flags import argparse_flags
 
@@ -46,24 +45,11 @@ def main():
     if not flags.gin_file and not flags.workdir:
         raise UserError('neither --gin_file nor --workdir given; for a start: python -m gn_gluon.eval --workdir '
                         'runs/digits_gn_bs2')
-    from gn_gluon import config, experiment, plan
+    from gn_gluon import experiment, plan
     workdir = flags.workdir or default_workdir(flags.gin_file)
-    recorded = os.path.join(workdir, 'config.gin')
-    if not os.path.exists(recorded) and flags.checkpoint in ('last', 'best') and not flags.plan:
-        raise UserError('no run in {}; train it with: python -m gn_gluon.train {}'.format(
-            workdir, ' '.join('--gin_file ' + path for path in flags.gin_file) or '--gin_file FILE'))
-    gin_files = flags.gin_file
-    if os.path.exists(recorded):
-        if flags.gin_file:
-            config.parse(flags.gin_file)
-            asked = config.make(experiment.Experiment)
-            config.parse([recorded])
-            experiment.refuse_other_experiment(asked, config.make(experiment.Experiment), workdir)
-        gin_files = [recorded]
-    bindings = config.parse(gin_files, flags.gin_bindings)
-    # The recorded config also holds what only training uses; of the command line everything must be used.
-    bindings = [binding for binding in bindings if binding.origin.startswith('--')]
-    made = config.make(experiment.Experiment)
+    made, bindings = experiment.recorded_experiment(
+        workdir, flags.gin_file, flags.gin_bindings,
+        needs_run=flags.checkpoint in ('last', 'best') and not flags.plan)
     data_dir = flags.data_dir or experiment.recorded_data_dir(workdir)
     if flags.plan:
         plan.print_plan(made, bindings, workdir, data_dir)

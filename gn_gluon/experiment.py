@@ -211,7 +211,7 @@ def train(experiment, bindings, workdir, data_dir=None):
         built.checkpoints.recover()
         resumed = built.checkpoints.exists()
         if resumed:
-            _refuse_other_config(workdir)
+            refuse_other_config(workdir)
             _refuse_other_data(workdir, built.dataset)
         else:
             write_text(os.path.join(workdir, 'config.gin'), config.operative_config())
@@ -378,8 +378,46 @@ def _figure(built, devices, statistics, batch_size, precise_images):
                 loss=metrics.loss, num_samples=metrics.num_samples, images_per_second=metrics.num_samples / seconds)
 
 
-def refuse_other_experiment(asked, recorded, workdir):
-    """Raise UserError when the Experiment `asked` for is not of the norm, model and data of the run in `workdir`."""
+def recorded_experiment(workdir, gin_files=(), gin_bindings=(), needs_run=True):
+    """The Experiment of the run in `workdir` as it recorded it, or of the gin files where there is no run.
+
+    Arguments:
+        gin_files: what the run is expected to be; [] where `workdir` alone says it.
+        gin_bindings: statements on top.
+        needs_run: whether a folder without a run is an error.
+    Returns it and the config.Bindings of `gin_bindings`. Raises UserError, too, when the gin files are of another norm,
+    model or data set than the run.
+    """
+    recorded = os.path.join(workdir, 'config.gin')
+    if os.path.exists(recorded):
+        if gin_files:
+            config.parse(gin_files)
+            asked = config.make(Experiment)
+            config.parse([recorded])
+            _refuse_other_experiment(asked, config.make(Experiment), workdir)
+        gin_files = [recorded]
+    elif needs_run:
+        raise UserError('no run in {}; train it with: python -m gn_gluon.train {}'.format(
+            workdir, ' '.join('--gin_file ' + path for path in gin_files) or '--gin_file FILE'))
+    bindings = config.parse(gin_files, gin_bindings)
+    # The recorded config also holds what only training uses; of the command line everything must be used.
+    return config.make(Experiment), [binding for binding in bindings if binding.origin.startswith('--')]
+
+
+def trained(experiment, workdir, checkpoint):
+    """The Built of an experiment with the weights of `checkpoint`, see `load_weights`, on the CPU.
+
+    Of the data only what the run folder records is known, or what is the same for every copy of the data set.
+    """
+    recorded = os.path.join(workdir, 'dataset.json')
+    description = read_json(recorded, 'train the run again, or give another') if os.path.exists(recorded) else None
+    built = Built(experiment, workdir, recorded_data_dir(workdir), description)
+    built.initialize([mx.cpu()])
+    load_weights(built, checkpoint)
+    return built
+
+
+def _refuse_other_experiment(asked, recorded, workdir):
     for what in ('norm', 'model', 'dataset'):
         there, here = getattr(recorded, what).__name__, getattr(asked, what).__name__
         if there != here:
@@ -433,7 +471,8 @@ def _refuse_no_validation(built):
         raise UserError(f'{built.data_dir} holds no validation images; pack a set that has some')
 
 
-def _refuse_other_config(workdir):
+def refuse_other_config(workdir):
+    """Raise UserError where the run in `workdir` was made with another config than the one that is now operative."""
     path = os.path.join(workdir, 'config.gin')
     try:
         with open(path) as file:
@@ -474,7 +513,7 @@ def _write_environment(built, devices, resumed):
         'gn_gluon': __version__, 'commit': _git_commit(), 'mxnet': mx.__version__,
         'gluoncv': compat.version('gluoncv'),
         'numpy': np.__version__, 'python': platform.python_version(), 'platform': platform.platform(),
-        'host': platform.node(), 'devices': [str(device) for device in devices],
+        'host': platform.node(), 'processor': compat.processor(), 'devices': [str(device) for device in devices],
         'threads': compat.num_threads(), 'norm_operator': active_operator()[0],
         'data_dir': built.data_dir and os.path.abspath(built.data_dir)}
     if resumed and os.path.exists(path):

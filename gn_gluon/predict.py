@@ -18,16 +18,12 @@ def predict(paths, workdir, checkpoint='best'):
     import mxnet as mx
     import numpy as np
 
-    from gn_gluon import config, experiment
-    from gn_gluon.checkpoint import read_json
+    from gn_gluon import experiment
     recorded, description = os.path.join(workdir, 'config.gin'), os.path.join(workdir, 'dataset.json')
     if not (os.path.exists(recorded) and os.path.exists(description)):
         raise UserError(f'no run in {workdir} (config.gin and dataset.json are expected there); train one first')
-    config.parse([recorded])
-    built = experiment.Built(config.make(experiment.Experiment), workdir,
-                             description=read_json(description, 'train the run again, or give another'))
-    built.initialize([mx.cpu()])
-    experiment.load_weights(built, checkpoint)
+    made, _ = experiment.recorded_experiment(workdir)
+    built = experiment.trained(made, workdir, checkpoint)
     names = built.dataset.class_names or [f'class {i}' for i in range(built.dataset.num_classes)]
     answers = []
     for path in paths:

@@ -8,13 +8,18 @@ from absl.flags import argparse_flags
 from gn_gluon.errors import UserError, command
 
 
-def add_flags(parser):
-    """The flags that train and eval share."""
+def add_run_flags(parser):
+    """The flags that say which run: of train, eval and export."""
     parser.add_argument('--gin_file', action='append', default=[], metavar='FILE',
                         help='what to train, e.g. gin/digits_gn_bs2.gin; repeatable, later ones win')
     parser.add_argument('--gin_bindings', action='append', default=[], metavar='BINDING',
                         help="a statement on top, e.g. 'train.num_epochs = 3'; repeatable")
     parser.add_argument('--workdir', help="the run folder (default: runs/ and the last gin file's name)")
+
+
+def add_flags(parser):
+    """The flags that train and eval share."""
+    add_run_flags(parser)
     parser.add_argument('--data_dir', help='the folder of the data set (default: datasets/ and its name)')
     parser.add_argument('--plan', action='store_true',
                         help='print what would be done, touching no data and no device, and stop')

@@ -44,6 +44,8 @@ class ImageNet(Dataset):
         resize: shorter side of a validation image before it is cut; None: 256 for 224, in proportion.
         num_train, num_validation: use the first so many images only (they are packed in random order); default all.
         workers: threads that decode; None: one for each core. The images are the same with any number.
+        mean: what is subtracted from red, green and blue on the scale 0 to 255, where a network was trained with other
+            numbers than the channels' means 123.675, 116.28 and 103.53.
     The counts are the official ones where the folder has no manifest; otherwise they are known after `load`. It raises
     UserError for a folder that is not packed and for files that are not of the sizes packed. A record that is damaged,
     or cannot be decoded, is a UserError when its turn comes.
@@ -55,7 +57,8 @@ class ImageNet(Dataset):
     num_validation = 50000
     num_draws = int(_DRAWS[-1])
 
-    def __init__(self, data_dir=None, image_size=224, resize=None, num_train=None, num_validation=None, workers=None):
+    def __init__(self, data_dir=None, image_size=224, resize=None, num_train=None, num_validation=None, workers=None,
+                 mean=None):
         self.data_dir = data_dir or os.path.join('datasets', self.name)
         if os.path.exists(os.path.join(self.data_dir, records.MANIFEST)):
             self.num_classes = self.num_train = self.num_validation = None
@@ -73,6 +76,8 @@ class ImageNet(Dataset):
         self.image_shape = (3, image_size, image_size)
         self.resize = resize
         self.workers = workers or compat.usable_cores()
+        self._mean = MEAN if mean is None else _checked_mean(mean)
+        self._plain = normalizing_matrices(np.ones(1), np.zeros(1), np.zeros((1, 3)), self._mean)[0]
         self._memory = Memory()
         self._scratch = Scratch(image_size)
 
@@ -107,7 +112,7 @@ class ImageNet(Dataset):
         shapes = augment.crop_shapes(shapes.reshape(len(draws), _ATTEMPTS, 2)).tolist()
         places, flips = places.tolist(), (flips[:, 0] < 0.5).tolist()
         pixel, grey, mean_grey = augment.colour_jitter(jitter)
-        matrices = normalizing_matrices(pixel, grey, augment.pca_lighting(lighting))
+        matrices = normalizing_matrices(pixel, grey, augment.pca_lighting(lighting), self._mean)
         slopes = mean_grey[:, None] / STD
 
         def make(row, out):
@@ -169,7 +174,7 @@ class ImageNet(Dataset):
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
         size = self.image_shape[1]
         top, left = (height - size) // 2, (width - size) // 2
-        self._normalize(image[top:top + size, left:left + size], _NORMALIZE, out)
+        self._normalize(image[top:top + size, left:left + size], self._plain, out)
 
     def _normalize(self, image, matrix, out):
         """Write `matrix` (3, 4) of each pixel of `image` (H, W, 3) uint8, BGR, to `out` (3, H, W) float32, RGB."""
@@ -179,23 +184,31 @@ class ImageNet(Dataset):
         cv2.split(scratch.normalized, list(out))
 
 
-def normalizing_matrices(pixel, grey, added):
+def normalizing_matrices(pixel, grey, added, mean):
     """What makes the network's input of BGR pixels: (n, 3, 4) float64, a row for each of red, green and blue.
 
     Arguments:
         pixel, grey: (n,), what a pixel and its grey are multiplied by.
         added: (n, 3), what is then added, RGB.
+        mean: (3,), what is then subtracted, RGB.
     """
     matrices = np.empty((len(pixel), 3, 4))
     for i in range(3):
         matrices[:, i, :3] = grey[:, None] * augment.GREY[::-1]
         matrices[:, i, 2 - i] += pixel
-    matrices[:, :, 3] = added - MEAN
+    matrices[:, :, 3] = added - mean
     matrices /= STD[:, None]
     return matrices
 
 
-_NORMALIZE = normalizing_matrices(np.ones(1), np.zeros(1), np.zeros((1, 3)))[0]
+def _checked_mean(mean):
+    try:
+        checked = np.array(mean, np.float64)
+    except (TypeError, ValueError):
+        checked = np.empty(0)
+    if checked.shape != (3,) or not np.all((checked >= 0) & (checked <= 255)):
+        raise UserError(f'ImageNet.mean = {mean!r} must be three numbers from 0 to 255: of red, green and blue')
+    return checked
 
 
 class Labels:

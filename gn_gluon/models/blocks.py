@@ -13,14 +13,17 @@ CLASSIFIER = mx.init.Normal(0.01)
 class Convolution(nn.Conv2D):
     """A square convolution that keeps the image size up to its stride; the norm after it has the bias.
 
-    in_channels : 0 for the first of a network, which takes images. After cast('bfloat16') or cast('float16') it works
-    in that type, with float32 weights, whose grad_req must be settled before the first call; the first convolution then
-    takes images of float32 all the same.
+    in_channels : 0 for the first of a network, which takes images. padding : 'symmetric', or 'same' for TensorFlow's,
+    which where the stride is 2 and the size is even has one row and column less at the top and left. After
+    cast('bfloat16') or cast('float16') it works in that type, with float32 weights, whose grad_req must be settled
+    before the first call; the first convolution then takes images of float32 all the same.
     """
 
-    def __init__(self, in_channels, channels, kernel, stride=1):
-        super().__init__(channels, kernel, stride, kernel // 2, use_bias=False, weight_initializer=HE_FAN_OUT,
-                         in_channels=in_channels)
+    def __init__(self, in_channels, channels, kernel, stride=1, padding='symmetric'):
+        # One pixel more all round, and the first row and column of the output left out: Pad takes no bfloat16.
+        self._leaves_out = padding == 'same' and stride == 2 and kernel > 1
+        super().__init__(channels, kernel, stride, kernel // 2 + self._leaves_out, use_bias=False,
+                         weight_initializer=HE_FAN_OUT, in_channels=in_channels)
         self._takes_images = not in_channels
         self._narrow = None
 
@@ -32,7 +35,8 @@ class Convolution(nn.Conv2D):
         if self._narrow:
             weight = to(F, weight, self._narrow, adds=self.weight.grad_req == 'add')
             x = to(F, x, self._narrow) if self._takes_images else x
-        return super().hybrid_forward(F, x, weight)
+        y = super().hybrid_forward(F, x, weight)
+        return F.slice(y, begin=(None, None, 1, 1), end=(None, None, None, None)) if self._leaves_out else y
 
 
 class Flatten(nn.Flatten):

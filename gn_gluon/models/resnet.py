@@ -14,13 +14,13 @@ class Bottleneck(HybridBlock):
     Where the shape changes, the shortcut is a 1x1 convolution and a norm.
     """
 
-    def __init__(self, norm, in_channels, channels, stride, prefix=None, params=None):
+    def __init__(self, norm, in_channels, channels, stride, padding, prefix=None, params=None):
         super().__init__(prefix=prefix, params=params)
         inner = channels // 4
         with self.name_scope():
             self.conv1 = Convolution(in_channels, inner, 1)
             self.norm1 = norm(in_channels=inner, activation='relu')
-            self.conv2 = Convolution(inner, inner, 3, stride)
+            self.conv2 = Convolution(inner, inner, 3, stride, padding)
             self.norm2 = norm(in_channels=inner, activation='relu')
             self.conv3 = Convolution(inner, channels, 1)
             self.norm3 = norm(in_channels=channels, activation='relu', gamma_initializer='zeros')
@@ -40,27 +40,32 @@ class ResNet(HybridBlock):
     """ResNet with bottlenecks, the stride of a stage on the 3x3 convolution of its first block.
 
     norm : called as norm(in_channels=c, activation='relu') and so on, see gn_gluon.norm.
-    num_classes : 1000. depth : 50 or 101.
+    num_classes : 1000. depth : 50 or 101. padding : 'symmetric', or 'same' for weights that were trained with
+    TensorFlow's, which where the stride is 2 pads one row and column less at the top and left.
     Input (N, 3, 224, 224) or another multiple of 32, output (N, num_classes) logits.
 
     25,557,032 and 44,549,160 parameters for 1000 classes, 4.09 and 7.80 G multiply-adds at 224. Raises UserError for
-    another depth.
+    another depth or padding.
     """
 
-    def __init__(self, norm, num_classes=1000, depth=50, prefix=None, params=None):
+    def __init__(self, norm, num_classes=1000, depth=50, padding='symmetric', prefix=None, params=None):
         super().__init__(prefix=prefix, params=params)
         if depth not in BLOCKS:
             raise UserError(f'depth={depth} in ResNet: give one of ' + ', '.join(map(str, BLOCKS)))
+        if padding not in ('symmetric', 'same'):
+            raise UserError(f"padding={padding!r} in ResNet: give 'symmetric' or 'same'")
+        self.padding = padding
         with self.name_scope():
             self.features = nn.HybridSequential(prefix='')
             with self.features.name_scope():
-                self.features.add(Convolution(0, 64, 7, 2), norm(in_channels=64, activation='relu'),
-                                  nn.MaxPool2D(3, 2, 1))
+                # As 'same', the last windows are cut off, which MXNet calls ceil_mode.
+                pool = nn.MaxPool2D(3, 2, 0, ceil_mode=True) if padding == 'same' else nn.MaxPool2D(3, 2, 1)
+                self.features.add(Convolution(0, 64, 7, 2, padding), norm(in_channels=64, activation='relu'), pool)
                 in_channels = 64
                 for stage, (blocks, channels) in enumerate(zip(BLOCKS[depth], CHANNELS)):
                     for index in range(blocks):
                         stride = 2 if stage > 0 and index == 0 else 1
-                        self.features.add(Bottleneck(norm, in_channels, channels, stride))
+                        self.features.add(Bottleneck(norm, in_channels, channels, stride, padding))
                         in_channels = channels
                 self.features.add(GlobalAverage())
             self.output = Dense(num_classes, in_units=in_channels)
