@@ -5,17 +5,17 @@ A figure that nobody could be found to have read in the paper's text is marked a
 from collections import namedtuple
 
 #: A figure of the paper. `table`: where it stands there; `row`, `column`: its place in that table; `run`: the gin file
-#: whose run would give ours, None where this project has no runner for it; `value`: the paper's; `verified`: False where
-#: it was written from memory.
+#: whose run would give ours, None where this project has no runner for it; `value`: the paper's; `verified`: False
+#: where it was written from memory.
 Cell = namedtuple('Cell', 'table row column run value verified')
 
 #: What the figures of a table are, by its name.
 UNITS = {
     'Table 1': 'ResNet-50 on ImageNet, 8 GPUs x 32 images: top-1 validation error [%]',
     'Table 2': 'ResNet-50 on ImageNet, 8 GPUs x b images: top-1 validation error [%]',
-    'Sec. 4.1': 'Batch Renormalization (r_max 1.5, d_max 0.5), ResNet-50, 8 GPUs x 4 images: top-1 validation error [%]',
+    'Sec. 4.1': 'ResNet-50 with BR (r_max 1.5, d_max 0.5), 8 GPUs x 4 images: top-1 validation error [%]',
     'Table 3, groups': 'ResNet-50 with GN of G groups, 8 GPUs x 32 images: top-1 validation error [%]',
-    'Table 3, channels': 'ResNet-50 with GN of so many channels per group, 8 GPUs x 32 images: top-1 validation error [%]',
+    'Table 3, channels': 'ResNet-50, GN with C / G channels per group, 8 GPUs x 32 images: top-1 validation error [%]',
     'ResNet-101': 'ResNet-101 on ImageNet, 8 GPUs x b images: top-1 validation error [%]',
     'VGG-16': 'VGG-16 on ImageNet, 8 GPUs x 32 images: top-1 validation error [%]',
     'Table 4': 'Mask R-CNN on COCO, ResNet-50 C4: AP, AP50, AP75 [%]',
