@@ -393,7 +393,7 @@ def start_command(server, way, arguments, before=''):
 
 def test_ctrl_c_leaves_with_130_and_the_same_command_goes_on(server, tmp_path):
     arguments = ['--dataset', 'mnist', '--out', str(tmp_path)]
-    process = start_command(server, 'slow', arguments)
+    process = start_command(server, 'stall', arguments)
     part = tmp_path / 'mnist' / (FILE + '.part')
     while process.poll() is None and not (part.exists() and part.stat().st_size):
         time.sleep(0.02)
