@@ -4,8 +4,8 @@ import json
 
 from absl.flags import argparse_flags
 
-from gn_gluon.errors import UserError, command
-from gn_gluon.train import add_flags, default_workdir, positive_number
+from gn_gluon.errors import command
+from gn_gluon.train import add_checkpoint_flag, add_flags, named_workdir, positive_number
 
 #: What --statistics may name, and how a figure by it is announced.
 STATISTICS = {
@@ -30,8 +30,7 @@ def main():
         epilog="A run folder is evaluated by its own config.gin; --gin_file alone says which folder that is. The "
                "figures of 'batch' and 'precise' are those of BN alone: any other norm has one figure.")
     add_flags(parser)
-    parser.add_argument('--checkpoint', default='last',
-                        help='last, best, or the path of a checkpoint folder or a .params file (default: %(default)s)')
+    add_checkpoint_flag(parser)
     parser.add_argument('--statistics', type=statistics_list, default='running', metavar='LIST',
                         help='what BN normalises by, comma-separated, a figure for each: running (the running '
                              'averages), batch (the statistics of each batch of validation images), precise (those of '
@@ -42,11 +41,8 @@ def main():
                         help='training images of precise, or as many as there are (default: %(default)s)')
     parser.add_argument('--json', action='store_true', help='print one JSON object')
     flags = parser.parse_args()
-    if not flags.gin_file and not flags.workdir:
-        raise UserError('neither --gin_file nor --workdir given; for a start: python -m gn_gluon.eval --workdir '
-                        'runs/digits_gn_bs2')
+    workdir = named_workdir(flags, 'python -m gn_gluon.eval --workdir runs/digits_gn_bs2')
     from gn_gluon import experiment, plan
-    workdir = flags.workdir or default_workdir(flags.gin_file)
     made, bindings = experiment.recorded_experiment(
         workdir, flags.gin_file, flags.gin_bindings,
         needs_run=flags.checkpoint in ('last', 'best') and not flags.plan)

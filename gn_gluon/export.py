@@ -7,7 +7,7 @@ import re
 from absl.flags import argparse_flags
 
 from gn_gluon.errors import UserError, command
-from gn_gluon.train import add_run_flags, default_workdir
+from gn_gluon.train import add_checkpoint_flag, add_run_flags, named_workdir
 
 #: What each format is, and the package that writes it.
 FORMATS = {
@@ -144,8 +144,7 @@ def main():
         epilog='The network evaluates as here to 1e-4; it is float32 whatever it was trained in, and takes batches of '
                'any size.')
     add_run_flags(parser)
-    parser.add_argument('--checkpoint', default='last',
-                        help='last, best, or the path of a checkpoint folder or a .params file (default: %(default)s)')
+    add_checkpoint_flag(parser)
     parser.add_argument('--format', required=True, choices=FORMATS,
                         help='; '.join(f'{name}: {what}' for name, (what, _) in FORMATS.items()))
     parser.add_argument('--out', required=True, metavar='PATH',
@@ -154,9 +153,8 @@ def main():
                         help=f'of ONNX (default: {OPSETS[0]}); {OPSETS[1]} is for runtimes that do not know '
                              f'{OPSETS[0]}')
     flags = parser.parse_args()
-    if not flags.gin_file and not flags.workdir:
-        raise UserError('neither --gin_file nor --workdir given; for a start: python -m gn_gluon.export --workdir '
-                        'runs/digits_gn_bs2 --format onnx --out digits.onnx')
+    workdir = named_workdir(
+        flags, 'python -m gn_gluon.export --workdir runs/digits_gn_bs2 --format onnx --out digits.onnx')
     if flags.opset and flags.format != 'onnx':
         raise UserError(f'--opset {flags.opset} is of --format onnx only; leave it out')
     package = FORMATS[flags.format][1]
@@ -167,7 +165,6 @@ def main():
     if folder and not os.path.isdir(folder):
         raise UserError(f'the folder {folder} of --out does not exist; make it, or choose another')
     from gn_gluon import config, experiment  # here: experiment imports all the rest
-    workdir = flags.workdir or default_workdir(flags.gin_file)
     made, bindings = experiment.recorded_experiment(
         workdir, flags.gin_file, flags.gin_bindings, needs_run=flags.checkpoint in ('last', 'best'))
     built = experiment.trained(made, workdir, flags.checkpoint)

@@ -25,6 +25,19 @@ def add_flags(parser):
                         help='print what would be done, touching no data and no device, and stop')
 
 
+def add_checkpoint_flag(parser):
+    """The flag that says which of a run's weights: of eval and export."""
+    parser.add_argument('--checkpoint', default='last',
+                        help='last, best, or the path of a checkpoint folder or a .params file (default: %(default)s)')
+
+
+def named_workdir(flags, start):
+    """The run folder that the parsed flags name. Raises UserError when they name none; `start` is a command to try."""
+    if not flags.gin_file and not flags.workdir:
+        raise UserError(f'neither --gin_file nor --workdir given; for a start: {start}')
+    return flags.workdir or default_workdir(flags.gin_file)
+
+
 def default_workdir(gin_files):
     """runs/NAME for gin/NAME.gin."""
     return os.path.join('runs', os.path.splitext(os.path.basename(gin_files[-1]))[0])
