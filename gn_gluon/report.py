@@ -15,7 +15,7 @@ from gn_gluon import __version__, config, experiment, paper
 from gn_gluon.checkpoint import write_text
 from gn_gluon.data import ImageNet
 from gn_gluon.errors import UserError, command
-from gn_gluon.plot import bars_svg, curves_svg
+from gn_gluon.plot import as_svg, batch_size_curves, draw_bars, draw_batch_sizes, draw_curves, save
 from gn_gluon.runs import SAME_RESULT, STATISTICS, Group, collect, group_by_data
 
 #: Lines, or bars, in one figure; more groups make more figures.
@@ -23,8 +23,8 @@ MOST_LINES = 10
 
 #: A table of the page: `rows` of text, the first of each row its head.
 Table = collections.namedtuple('Table', 'title caption columns rows')
-#: A figure of the page: `alternative` says its numbers in words.
-Figure = collections.namedtuple('Figure', 'name caption alternative svg')
+#: A figure of the page: `alternative` says its numbers in words; `drawing`: of matplotlib.
+Figure = collections.namedtuple('Figure', 'name caption alternative drawing')
 
 _STATISTICS = dict(zip(STATISTICS, ('running averages', 'each validation batch', 'training images', 'none')))
 
@@ -172,6 +172,27 @@ def statistics_table(title, groups):
 
 # ------------------------------------------------------------------------------------------- figures
 
+def page_figures(by_data, sweeps):
+    """All Figures of the page, {section: list}, of what `group_by_data` and `collect` return."""
+    by_data = [(number, *item) for number, item in enumerate(by_data, 1)]
+    return {'Error against images per replica': [sweep_figure(i, *sweep) for i, sweep in enumerate(sweeps, 1)],
+            'Loss and error': [figure for item in by_data for figure in curve_figures(*item)],
+            'Throughput and memory': [figure for item in by_data for figure in speed_figures(*item)]}
+
+
+def sweep_figure(number, name, rows):
+    """The Figure of the rows of a sweep.json."""
+    ours = {curve.label: {batch: _mean([each for each in error['seeds'] if each is not None])
+                          for batch, error in curve.errors.items()} for curve in batch_size_curves(rows)}
+    said = ['; '.join(f'{label}: ' + ', '.join(f'{error} with {batch}' for batch, error in sorted(errors.items()))
+                      for label, errors in curves.items()) for curves in (ours, paper.FIGURE_1)]
+    return Figure(
+        f'batch-sizes-{number}', f'The sweep {name} beside Figure 1 of the paper: mean and standard deviation over the '
+        'seeds (dots). The scales differ.',
+        'Top-1 validation error [%] with so many images per replica. {}. The paper, per GPU: {}.'.format(*said),
+        draw_batch_sizes(rows))
+
+
 def curve_figures(number, title, groups):
     """Figures of loss and error on one data set."""
     for part, chosen, of in _parts(groups):
@@ -181,8 +202,8 @@ def curve_figures(number, title, groups):
             f'curves-{number}-{part}', f'{title}{of}. Loss and top-1 error over the epochs; of runs that differ only '
             'in the seed their mean, and a band from the lowest to the highest. Of equal lines the last is seen.',
             f"Validation error and loss after the last epoch. {'; '.join(said)}.",
-            curves_svg([(group.label, group.first.norm, [[*run.train, *run.validation] for run in group.runs])
-                        for group in chosen]))
+            draw_curves([(group.label, group.first.norm, [[*run.train, *run.validation] for run in group.runs])
+                         for group in chosen]))
 
 
 def speed_figures(number, title, groups):
@@ -196,7 +217,7 @@ def speed_figures(number, title, groups):
         yield Figure(
             f'speed-{number}-{part}', f'{title}{of}. Images per second while training (median over epochs and runs) '
             'and peak memory. Compare on equal hardware only: see the table of all runs.', '; '.join(said) + '.',
-            bars_svg([group.label for group in chosen], {'images per second': speeds, 'peak memory [MiB]': memory}))
+            draw_bars([group.label for group in chosen], {'images per second': speeds, 'peak memory [MiB]': memory}))
 
 
 def _parts(groups):
@@ -210,14 +231,36 @@ def _parts(groups):
 
 def described(figure):
     """The SVG of a Figure with its text alternative, and ids that no other figure on the page has."""
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{figure.name}-', figure.svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{figure.name}-', as_svg(figure.drawing))
     words = html.escape(figure.alternative)
     opening, rest = svg.split('>', 1)
     return (f'{opening} role="img" aria-label="{words}"><title>{html.escape(figure.caption)}</title>'
             f'<desc>{words}</desc>{rest}')
 
 
+def save_figures(figures, folder):
+    """Write each Figure into a folder as NAME.png and as NAME.svg, which holds the text alternative."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot make {folder}: {error.strerror}; choose another --out') from None
+    for figure in figures:
+        path = os.path.join(folder, figure.name)
+        write_text(path + '.svg', described(figure).replace('<svg ', '<svg style="background: white" ', 1))
+        save(figure.drawing, path + '.png')
+
+
 # ------------------------------------------------------------------------------------------- the page
+
+def make_figures(roots, folder):
+    """Write the figures of the page into a folder, see save_figures. roots: as of make_report.
+
+    Returns a list of (folder, why it could not be read). Raises UserError when there is no run.
+    """
+    runs, sweeps, unreadable = collect(roots)
+    save_figures(itertools.chain(*page_figures(group_by_data(runs), sweeps).values()), folder)
+    return unreadable
+
 
 def make_report(roots, path, title):
     """Write the page to `path`, Markdown beside it, and the figures of that into a folder beside both.
@@ -230,42 +273,33 @@ def make_report(roots, path, title):
     """
     if not path.endswith('.html'):
         raise UserError(f'--out {path} does not end in .html; the Markdown is written beside the page')
-    runs, unreadable = collect(roots)
-    by_data = [(number, *item) for number, item in enumerate(group_by_data(runs), 1)]
+    runs, sweeps, unreadable = collect(roots)
+    by_data = group_by_data(runs)
+    figures = page_figures(by_data, sweeps)
     matching, others = match_paper(runs)
     sections = [
         ('The paper beside our runs', [*paper_tables(matching), near_table(others)]),
-        ('Our runs', [runs_table(runs), *(seeds_table(*item) for _, *item in by_data)]),
-        ('What BN normalises with', [statistics_table(*item) for _, *item in by_data]),
-        ('Loss and error', [figure for item in by_data for figure in curve_figures(*item)]),
-        ('Throughput and memory', [figure for item in by_data for figure in speed_figures(*item)])]
+        ('Our runs', [runs_table(runs), *(seeds_table(*item) for item in by_data)]),
+        ('What BN normalises with', [statistics_table(*item) for item in by_data]),
+        *figures.items()]
     sections = [(name, [part for part in parts if isinstance(part, Figure) or part.rows]) for name, parts in sections]
-    _write(path, {'title': title, 'version': __version__, 'runs': runs, 'unreadable': unreadable,
+    stem = path[:-len('.html')]
+    save_figures(itertools.chain(*figures.values()), stem + '_figures')
+    _write(stem, {'title': title, 'version': __version__, 'runs': runs, 'unreadable': unreadable,
                   'sections': [(name, parts) for name, parts in sections if parts]})
     return len(runs), unreadable
 
 
-def _write(path, content):
-    stem = path[:-len('.html')]
-    folder = stem + '_figures'
+def _write(stem, content):
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('gn_gluon'), autoescape=jinja2.select_autoescape(['html']), trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(md=in_markdown, described=described)
     environment.tests.update(number=re.compile(r'(not run|–|[-+]?\d[\d.,]*( ± [\d.]+)?( \(.*\))?)$').match,
                              figure=lambda part: isinstance(part, Figure))
-    texts = {path: environment.get_template('report.html').render(content),
-             stem + '.md': environment.get_template('report.md').render(content, folder=os.path.basename(folder))}
-    for part in itertools.chain.from_iterable(parts for _, parts in content['sections']):
-        if isinstance(part, Figure):
-            texts[os.path.join(folder, part.name + '.svg')] = described(part).replace(
-                '<svg ', '<svg style="background: white" ', 1)
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'cannot make {folder}: {error.strerror}; choose another --out') from None
-    for name, text in texts.items():
-        write_text(name, text)
+    for kind in ('html', 'md'):
+        text = environment.get_template('report.' + kind).render(content, folder=os.path.basename(stem) + '_figures')
+        write_text(f'{stem}.{kind}', text)
 
 
 def in_markdown(text):

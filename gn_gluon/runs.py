@@ -1,4 +1,4 @@
-"""What run folders hold, for the report: finds them, reads them, and puts together what differs in the seed alone."""
+"""What runs and sweeps left, for the report: finds and reads them, and puts together what differs in the seed alone."""
 import collections
 import itertools
 import json
@@ -18,6 +18,9 @@ SAME_RESULT = experiment.RESUMABLE_WITH_OTHER + ('train.seed',)
 STATISTICS = ('running', 'batch', 'precise', None)
 
 _RUN_FILES = {'config.gin', 'metrics.jsonl', 'steps.jsonl', 'environment.json', 'dataset.json'}
+#: What is read of each row of a sweep.json, see sweep.summarize.
+_SWEEP_ROW = ('gin_file', 'norm', 'model', 'dataset', 'settings', 'num_replicas', 'batch_per_replica', 'num_samples',
+              'last_epochs', 'top1_error', 'statistics')
 _NOT_BELOW = ('last', 'best', 'tensorboard')
 #: What a damaged file raises: that it cannot be read, is not what it should be, or lacks what is looked up in it.
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -113,33 +116,49 @@ def _read_metrics(folder):
     return rows[::2], rows[1::2]
 
 
-def collect(roots):
-    """The runs in and below the folders `roots`: a list of Runs, and a list of (folder, why it could not be read).
+def _read_sweep(folder):
+    """Those rows of the sweep.json in a folder that have a finished run and a place in the paper's Figure 1."""
+    rows = [{key: row[key] for key in _SWEEP_ROW} for row in _json(folder, 'sweep.json')['rows']]
+    return [row for row in rows if row['top1_error']['n'] and 'train.batch_per_replica' in row['settings']]
 
-    Raises UserError when there is no run at all.
+
+def collect(roots):
+    """The runs and sweeps in and below the folders `roots`.
+
+    Returns a list of Runs; a list of (name, rows of sweep.json) of the sweeps over train.batch_per_replica that have a
+    finished run; and a list of (folder, why it could not be read). Raises UserError when there is no run at all.
     """
-    found, unreadable = {}, []
+    found, sweeps, unreadable = {}, {}, []
     for root in roots:
         if not os.path.isdir(root):
             unreadable.append((root, 'there is no such folder'))
         for folder, below, files in os.walk(root):
             below[:] = sorted(name for name in below if name not in _NOT_BELOW)
+            if 'sweep.json' in files:
+                sweeps[os.path.realpath(folder)] = folder
             if _RUN_FILES.intersection(files):
                 found.setdefault(os.path.realpath(folder), folder)
             elif not below and (folder == root or not set(files) - {'.lock'}):
                 unreadable.append((folder, 'there is no run in it'))
     parent = os.path.commonpath([os.path.dirname(folder) for folder in found]) if found else None
-    runs = []
-    for real, folder in sorted(found.items()):
-        try:
-            runs.append(Run(folder, os.path.relpath(real, parent)))
-        except _DAMAGED as error:
-            what = f'{error} is missing' if isinstance(error, KeyError) else config.one_line(error)
-            unreadable.append((folder, what))
+    runs = _read_all(found, lambda real, folder: Run(folder, os.path.relpath(real, parent)), unreadable)
+    sweeps = _read_all(sweeps, lambda real, folder: (os.path.basename(real), _read_sweep(folder)), unreadable)
     if not runs:
         raise UserError('no run could be read: {}; train one with: python -m gn_gluon.train --gin_file '
                         'gin/digits_gn_bs2.gin'.format('; '.join(f'{folder}: {why}' for folder, why in unreadable)))
-    return runs, unreadable
+    return runs, [(name, rows) for name, rows in sweeps if rows], unreadable
+
+
+def _read_all(folders, read, unreadable):
+    """What `read` makes of each of {real path: folder}; the damaged ones are added to `unreadable`."""
+    found = []
+    for real, folder in sorted(folders.items()):
+        try:
+            found.append(read(real, folder))
+        except _DAMAGED as error:
+            what = f'{error} is missing' if isinstance(error, KeyError) else config.one_line(error)
+            unreadable.append((folder, what))
+    return found
 
 
 class Group:

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 
-from gn_gluon import config, experiment, paper, report
+from gn_gluon import config, experiment, paper, plot, report
 from gn_gluon.errors import UserError, command
 from gn_gluon.runs import collect
 
@@ -74,6 +75,21 @@ def make_run(folder, gin_file, bindings=(), description=None, done=None, seed=0)
                        ('environment.json', json.dumps(environment)), ('dataset.json', json.dumps(description))):
         (folder / name).write_text(text)
     return errors
+
+
+def make_sweep(folder, seeds, settings=('train.batch_per_replica',)):
+    """A sweep.json of BN with these errors, {images per replica: one for each seed}; None: not run."""
+    rows = []
+    for batch, errors in seeds.items():
+        known = [error for error in errors if error is not None]
+        rows.append({
+            'gin_file': 'digits_bn_bs2.gin', 'norm': 'BatchNorm', 'model': 'ConvNet', 'dataset': 'Digits',
+            'settings': dict.fromkeys(settings, str(batch)), 'num_replicas': 32 // batch, 'batch_per_replica': batch,
+            'num_samples': 360, 'last_epochs': 5, 'statistics': {}, 'top1_error': {
+                'seeds': errors, 'n': len(known), 'mean': np.mean(known) if known else None,
+                'standard_deviation': np.std(known, ddof=1) if len(known) > 1 else None}})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'sweep.json').write_text(json.dumps({'rows': rows}))
 
 
 def make_page(*roots):
@@ -223,7 +239,7 @@ def test_what_a_kill_leaves_is_read_up_to_the_last_whole_epoch(tmp_path):
     path = tmp_path / 'cut' / 'metrics.jsonl'
     path.write_text(path.read_text()[:-30])
     make_run(tmp_path / 'at once', 'digits_gn_bs2.gin', done=0)
-    (runs, unreadable) = collect([str(tmp_path)])
+    runs, _, unreadable = collect([str(tmp_path)])
     assert {run.name: run.done for run in runs} == {'cut': 2, 'at once': 0} and not unreadable
     assert make_page(tmp_path / 'at once').tables['All runs']['at once']['error [%]'] == '–'
 
@@ -261,6 +277,56 @@ def test_the_page_needs_nothing_from_elsewhere_and_its_figures_say_their_numbers
         assert said.count(f'train.weight_decay = {i}.5: ') == 2
     for name in re.findall(r'report_figures/[\w-]+\.svg', (tmp_path / 'report.md').read_text()):
         assert (tmp_path / name).read_text().startswith('<svg ')
+
+
+def test_a_sweep_stands_beside_figure_1_with_its_numbers_and_a_damaged_one_is_named(tmp_path):
+    runs = tmp_path / 'runs'
+    make_run(runs / 'gn', 'digits_gn_bs2.gin', done=2)
+    make_sweep(runs / 'sizes', {2: [5.5, 6.5], 4: [4.25, None], 8: [None, None]})
+    make_sweep(runs / 'other', {2: [1.25]}, settings=('train.weight_decay',))
+    make_sweep(runs / 'new', {2: [None, None]})
+    make_sweep(runs / 'bad', {2: [1.25]})
+    path = runs / 'bad' / 'sweep.json'
+    path.write_text(path.read_text().replace('"norm"', '"mron"'))
+    page = make_page(runs)
+    said = [attributes['aria-label'] for tag, attributes in page.elements
+            if tag == 'svg' and 'images per replica' in attributes['aria-label']]
+    assert len(said) == 1 and 'BN: 6.00 ± 0.71 with 2, 4.25 with 4. The paper' in said[0]
+    assert all(f'{error} with {batch}' in said[0] for errors in paper.FIGURE_1.values()
+               for batch, error in errors.items())
+    assert 'The sweep sizes beside Figure 1' in page.text and f"{runs / 'bad'}: 'norm' is missing" in page.text
+
+
+def test_the_plot_command_draws_the_figures_of_the_page(tmp_path, monkeypatch, capsys):
+    runs, out = tmp_path / 'runs', tmp_path / 'figures'
+    for seed in (0, 1):
+        make_run(runs / str(seed), 'digits_gn_bs2.gin', seed=seed)
+    make_sweep(runs, {2: [5.5, 6.5], 4: [4.25, 5.25]})
+    make_page(runs)
+    text = (tmp_path / 'report.html').read_text()
+    names = re.findall(r'aria-label="Figure ([\w-]+)"', text)
+    monkeypatch.setattr(sys, 'argv', ['plot', str(runs), str(tmp_path / 'none'), '--report', '--out', str(out)])
+    command(plot.main)
+    assert 'none: there is no such folder' in capsys.readouterr().out
+    assert names == ['batch-sizes-1', 'curves-1-1', 'speed-1-1']
+    assert {path.name for path in out.iterdir()} == {name + kind for name in names for kind in ('.png', '.svg')}
+    for name in names:
+        svg = (out / (name + '.svg')).read_text()
+        assert svg.replace(' style="background: white"', '', 1) in text
+        image = cv2.imread(str(out / (name + '.png')), cv2.IMREAD_UNCHANGED)
+        assert image.shape[1] > 800 and (image[..., 3] == 255).all()
+        assert (image[0, 0] == 255).all() and image[..., :3].max(axis=2).min() < 30  # dark ink on white
+
+
+def test_a_folder_name_stays_text_in_a_picture_and_another_kind_of_file_is_refused(tmp_path, monkeypatch, capsys):
+    name = r'$\frac{$'  # would be an error in a formula
+    error = make_run(tmp_path / name, 'digits_gn_bs2.gin', done=2)[-1]
+    plot.plot_curves([str(tmp_path / name)], str(tmp_path / 'curves.svg'))
+    assert f'{name}: validation error {error:.2f} %</text>' in (tmp_path / 'curves.svg').read_text()
+    monkeypatch.setattr(sys, 'argv', ['plot', str(tmp_path / name), '--out', str(tmp_path / 'curves.tiff')])
+    with pytest.raises(SystemExit) as failed:
+        command(plot.main)
+    assert failed.value.code == 2 and 'neither in .png nor in .svg' in capsys.readouterr().err
 
 
 def test_the_command_says_what_it_could_not_read_and_refuses_nothing_at_all(tmp_path, monkeypatch, capsys):

@@ -175,7 +175,7 @@ def test_the_figure_has_both_panels_as_png_and_svg(swept):
     assert image.shape[1] > 800
     # Colours of BN, ours and the paper's, left and right; GN is the paper's alone.
     left, right = np.split(image, [image.shape[1] // 2], axis=1)
-    blue, orange = (np.array([0xb4, 0x77, 0x1f]), np.array([0x0e, 0x7f, 0xff]))
+    blue, orange = (np.array([0xb4, 0x77, 0x1f]), np.array([0x0b, 0x54, 0xd9]))
     assert (left[:-60] == blue).all(axis=2).any() and (right[:-60] == blue).all(axis=2).any()
     assert not (left[:-60] == orange).all(axis=2).any() and (right[:-60] == orange).all(axis=2).any()
     assert xml.etree.ElementTree.parse(out / 'batch_sizes.svg').getroot().tag.endswith('svg')
