@@ -21,6 +21,7 @@ CPU_INSTEAD = 'pip uninstall -y mxnet-cu112 && pip install mxnet==1.9.1'
 
 CudaLibrary = collections.namedtuple('CudaLibrary', 'file package')
 _CPU_CONTEXTS = 'GN_GLUON_CPU_CONTEXTS'  # from divide_threads to the process that follows it
+WORKERS_HERE = 'GN_GLUON_WORKERS_HERE'  # from tools/launch.py: how many workers share this machine
 # In the order of their dependence upon one another; setup.py pins the versions.
 CUDA_LIBRARIES = (
     CudaLibrary('libcudart.so.11.0', 'nvidia-cuda-runtime-cu11'),
@@ -127,9 +128,10 @@ def set_threads(environ, cores, loaded=False):
             return f'the environment ({name})'
     if loaded:
         return 'MXNet itself, since it was imported before gn_gluon'
-    contexts = int(environ.get(_CPU_CONTEXTS, 1))
-    environ['OMP_NUM_THREADS'] = str(max(1, cores // contexts))
+    contexts, workers = int(environ.get(_CPU_CONTEXTS, 1)), int(environ.get(WORKERS_HERE, 1))
+    environ['OMP_NUM_THREADS'] = str(max(1, cores // (contexts * workers)))
     return 'gn_gluon: the physical cores that this process may use' + (
+        f', divided among {workers} workers' if workers > 1 else '') + (
         f', divided among {contexts} CPU contexts' if contexts > 1 else '')
 
 
@@ -305,6 +307,11 @@ def _restore():
 
 
 def _import_mxnet(installed):
+    # In a process that is to be a server or the scheduler MXNet's import would become that, and never return:
+    # distributed.serve does it instead.
+    role = os.environ.get('DMLC_ROLE')
+    if role in ('server', 'scheduler'):
+        del os.environ['DMLC_ROLE']
     try:
         if any(name != 'mxnet' for name in installed):
             problem = gpu_problem(compute_capabilities())
@@ -314,6 +321,9 @@ def _import_mxnet(installed):
         import mxnet  # noqa: F401
     except (OSError, RuntimeError) as error:  # not loadable; not found
         raise ImportError(library_problem(str(error), installed)) from None
+    finally:
+        if role:
+            os.environ['DMLC_ROLE'] = role
 
 
 def _prepare():

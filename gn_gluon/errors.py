@@ -1,5 +1,10 @@
 """What can go wrong by bad input, and the exit code each leaves with: 2 bad input, 3 NaN loss, 128 + signal."""
+import os
 import sys
+import traceback
+
+#: Whether this process must end without the good-bye of its libraries, which would wait for ever for other processes.
+end_at_once = False
 
 
 class UserError(Exception):
@@ -19,6 +24,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for i
 
     def __init__(self, signum):
         super().__init__(f'interrupted by signal {signum}')
+        self.signum = signum
         self.exit_code = 128 + signum
 
 
@@ -29,8 +35,22 @@ def command(main):
     except UserError as error:
         # gin appends lines of its own to what a constructor that it calls raises
         print(f'error: {str(error).splitlines()[0]}', file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(error.exit_code)
     except Interrupted as stop:
-        sys.exit(stop.exit_code)
+        _end(stop.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _end(130)
+    except Exception:
+        if not end_at_once:
+            raise
+        traceback.print_exc()
+        _end(1)
+
+
+def _end(code):
+    # While the exception is handled: what it refers to is not deleted, which for MXNet's kvstore means a good-bye.
+    if end_at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -16,11 +16,12 @@ import numpy as np
 from mxnet import gluon
 
 from gn_gluon import __version__, compat, config, optim
-from gn_gluon.checkpoint import Checkpoints, check_finite, load_parameters, read_json, signals_as_interrupts, write_text
+from gn_gluon.checkpoint import Checkpoints, check_finite, load_parameters, read_json, write_text
 from gn_gluon.data import loader
 from gn_gluon.data.dataset import Dataset
+from gn_gluon.distributed import ALONE, WITHIN_PROCESS, code_digest, joined, progress, weights_digest
 from gn_gluon.errors import Interrupted, NaNLossError, UserError
-from gn_gluon.log import RunLog, read_rows
+from gn_gluon.log import NoLog, RunLog, read_rows
 from gn_gluon.loop import evaluate, train_epoch
 from gn_gluon.metrics import Metrics, headline
 from gn_gluon.norm.operator import active_operator
@@ -32,7 +33,7 @@ from gn_gluon.statistics import batch_statistics, layers_with_running_statistics
 
 #: What may differ when a run is resumed: where it runs, not what it computes.
 RESUMABLE_WITH_OTHER = ('train.devices', 'train.kvstore', 'train.images_at_once', 'train.validation_batch',
-                        'checkpoint.minutes', 'percentiles.layer', 'percentiles.num_images',
+                        'train.reproducible', 'checkpoint.minutes', 'percentiles.layer', 'percentiles.num_images',
                         'percentiles.times_per_epoch', 'ImageNet.workers')
 
 
@@ -53,7 +54,9 @@ class Experiment:
         decay_gamma_beta: whether it applies to gamma and beta too, as in Section 4.1.
         gradient_clip_norm: largest norm of the mean gradient, or None.
         seed: of the initial weights, the order, the augmentation and dropout.
-        kvstore: 'device', 'local' or 'nccl'; used with more than one device.
+        kvstore: 'device', 'local' or 'nccl', between the devices of one machine; 'dist_device_sync' (or 'dist_sync' on
+            CPUs) between the processes that tools/launch.py starts, see distributed.Ranks.
+        reproducible: see distributed.Ranks.
         dtype: of the activations: 'float32'; 'bfloat16' on CPUs that have it; 'float16' on GPUs, with a loss scale that
             follows the gradients. Parameters, statistics and the classifier are float32 in all of them.
         devices: see replicas.parse_devices.
@@ -67,7 +70,7 @@ class Experiment:
                  batch_per_replica=32, num_epochs=100, base_learning_rate=None, reference_batch=None,
                  learning_rate=None, weight_decay=1e-4, decay_gamma_beta=True, gradient_clip_norm=None, seed=0,
                  kvstore='device', dtype='float32', devices='auto', initial_weights=None, images_at_once=None,
-                 validation_batch=200):
+                 validation_batch=200, reproducible=True):
         for name, value in (('norm', norm), ('model', model), ('dataset', dataset), ('optimizer', optimizer),
                             ('schedule', schedule)):
             if not (isinstance(value, type) and issubclass(value, _KINDS[name])):
@@ -90,8 +93,9 @@ class Experiment:
             raise UserError(f'train.gradient_clip_norm = {gradient_clip_norm!r} must be above 0, or None')
         if dtype not in ('float32',) + NARROW:
             raise UserError(f"train.dtype = {dtype!r} is none of 'float32', 'float16' (GPUs) and 'bfloat16' (CPUs)")
-        if kvstore not in ('device', 'local', 'nccl'):
-            raise UserError(f"train.kvstore = {kvstore!r}: this version offers 'device', 'local' and 'nccl'")
+        kvstores = ('device', 'local', 'nccl') + tuple(WITHIN_PROCESS)
+        if kvstore not in kvstores:
+            raise UserError(f"train.kvstore = {kvstore!r} is none of {', '.join(map(repr, kvstores))}")
         self.norm, self.model, self.dataset, self.optimizer, self.schedule = norm, model, dataset, optimizer, schedule
         self.num_replicas, self.batch_per_replica, self.num_epochs = num_replicas, batch_per_replica, num_epochs
         self.batch_size = num_replicas * batch_per_replica
@@ -102,6 +106,7 @@ class Experiment:
         self.initial_weights = initial_weights
         self.images_at_once = images_at_once or max(32, batch_per_replica)
         self.validation_batch = validation_batch
+        self.reproducible = reproducible
 
 
 config.register(Experiment, 'train')
@@ -172,21 +177,26 @@ class Built:
         for parameter in self.parameters.values():
             parameter._finish_deferred_init()
 
-    def validation_batches(self, devices):
-        """The whole validation set for `loop.evaluate`, `train.validation_batch` images at a time on all devices."""
-        return loader.validation_batches(self.dataset, max(1, self.experiment.validation_batch // len(devices)))
+    def validation_batches(self, devices, ranks=ALONE):
+        """The validation set for `loop.evaluate`, `train.validation_batch` images at a time on all devices.
 
-    def make_replicas(self, devices):
+        Of several ranks all together see every image once.
+        """
+        return loader.validation_batches(self.dataset, max(1, self.experiment.validation_batch // len(devices)),
+                                         ranks.rank, ranks.size)
+
+    def make_replicas(self, devices, ranks=ALONE):
         """The replicas.Replicas of the initialized network."""
         experiment = self.experiment
         return Replicas(self.net, gluon.loss.SoftmaxCrossEntropyLoss(), devices, experiment.num_replicas,
-                        experiment.batch_per_replica, experiment.images_at_once)
+                        experiment.batch_per_replica, experiment.images_at_once, ranks)
 
-    def make_updater(self):
+    def make_updater(self, ranks=ALONE):
         """The optim.Updater of the initialized network."""
         return optim.Updater(
             self.parameters, self.optimizer, self.experiment.weight_decay, self.experiment.decay_gamma_beta,
-            self.experiment.gradient_clip_norm, self.experiment.kvstore, self.experiment.dtype == 'float16')
+            self.experiment.gradient_clip_norm, WITHIN_PROCESS.get(self.experiment.kvstore, self.experiment.kvstore),
+            self.experiment.dtype == 'float16', ranks)
 
 
 def train(experiment, bindings, workdir, data_dir=None):
@@ -205,9 +215,43 @@ def train(experiment, bindings, workdir, data_dir=None):
     devices = parse_devices(experiment.devices, experiment.num_replicas)
     check_kvstore(experiment.kvstore, devices)
     check_trainable(experiment.dtype, devices)
+    progress('reading data')
     built.load()
     _refuse_no_validation(built)
-    with _run_folder(workdir), signals_as_interrupts() as check_signals:
+    with joined(experiment.kvstore, experiment.reproducible) as ranks:
+        devices = devices_of(experiment, ranks)
+        ranks.refuse_differences(_what_all_ranks_share(built))
+        if ranks.leads:
+            with _run_folder(workdir):
+                _train(built, devices, ranks)
+                _summarize(workdir)
+        else:
+            with open(os.devnull, 'w') as silence, contextlib.redirect_stdout(silence):
+                _train(built, devices, ranks)
+
+
+def devices_of(experiment, ranks):
+    """The contexts of this rank, see replicas.parse_devices. Raises UserError where there is no replica for it."""
+    first, after = ranks.share(experiment.num_replicas)
+    if ranks.size > experiment.num_replicas:
+        raise UserError(f'{ranks.size} workers for train.num_replicas = {experiment.num_replicas} replicas; a worker '
+                        'needs at least one')
+    return parse_devices(experiment.devices, after - first)
+
+
+def _what_all_ranks_share(built):
+    """What must be the same on every rank: the config but for what may differ, versions and data."""
+    settings = {key: value for key, value in config.statements(config.operative_config()).items()
+                if key not in RESUMABLE_WITH_OTHER or key == 'train.kvstore'}
+    return dict(settings, **{'the code of gn_gluon (SHA-256)': code_digest(), 'MXNet': mx.__version__,
+                             'norm operator': active_operator()[0],
+                             'data': json.dumps(built.dataset.describe(), sort_keys=True)})
+
+
+def _train(built, devices, ranks):
+    """What every rank does; only rank 0 has the run folder."""
+    experiment, workdir, resumed = built.experiment, built.workdir, False
+    if ranks.leads:
         built.checkpoints.recover()
         resumed = built.checkpoints.exists()
         if resumed:
@@ -217,40 +261,42 @@ def train(experiment, bindings, workdir, data_dir=None):
             write_text(os.path.join(workdir, 'config.gin'), config.operative_config())
         _write_environment(built, devices, resumed)
         write_text(os.path.join(workdir, 'dataset.json'), json.dumps(built.dataset.describe()))
-        built.initialize(devices)
-        if experiment.initial_weights and not resumed:
-            kept = load_parameters(experiment.initial_weights, built.parameters, replace_classifier=True)
-            print('initial weights from {}{}'.format(
-                experiment.initial_weights, '; freshly initialized: ' + ', '.join(kept) if kept else ''))
-        run = _Run(built, devices, check_signals, resumed)
-        try:
-            run.all_epochs()
-        except Interrupted as stop:
-            run.save()
-            print('\nstopped by {}: saved {} at epoch {}, update {} of {}; the same command goes on from there'.format(
-                {130: 'Ctrl-C', 143: 'SIGTERM'}[stop.exit_code], os.path.join(workdir, 'last'),
-                run.epoch + 1, run.step, built.steps_per_epoch), flush=True)
-            raise
-        finally:
-            run.log.close()
-    _summarize(workdir)
+    built.initialize(devices)
+    if ranks.leads and experiment.initial_weights and not resumed:
+        kept = load_parameters(experiment.initial_weights, built.parameters, replace_classifier=True)
+        print('initial weights from {}{}'.format(
+            experiment.initial_weights, '; freshly initialized: ' + ', '.join(kept) if kept else ''))
+    run = _Run(built, devices, ranks, resumed)
+    try:
+        run.all_epochs()
+    except Interrupted as stop:
+        run.save()
+        print('\nstopped by {}: saved {} at epoch {}, update {} of {}; the same command goes on from there'.format(
+            {130: 'Ctrl-C', 143: 'SIGTERM'}[stop.exit_code], os.path.join(workdir, 'last'),
+            run.epoch + 1, run.step, built.steps_per_epoch), flush=True)
+        ranks.gather([])  # for whoever sees a process leave may end the others: not before it is saved
+        raise
+    finally:
+        run.log.close()
 
 
 class _Run:
     """One training run in progress: its position, and what happens after each update and each epoch."""
 
-    def __init__(self, built, devices, check_signals, resumed):
-        self.built, self.devices, self.check_signals = built, devices, check_signals
+    def __init__(self, built, devices, ranks, resumed):
+        self.built, self.devices, self.ranks = built, devices, ranks
         experiment = built.experiment
-        self.replicas = built.make_replicas(devices)
-        self.updater = built.make_updater()
+        self.replicas = built.make_replicas(devices, ranks)
+        self.updater = built.make_updater(ranks)
         position = built.checkpoints.load('last', built.parameters, self.updater) if resumed else {}
+        position = self.start_alike(position)
         self.epoch, self.step = position.get('epoch', 0), position.get('step', 0)
         self.best_top1_error = position.get('best_top1_error')
         self.metrics = Metrics(**position.get('metrics', {}))
         self.seconds, self.wait_seconds = position.get('seconds', 0.0), position.get('wait_seconds', 0.0)
         num_updates = self.epoch * built.steps_per_epoch + self.step
-        self.log = RunLog(built.workdir, experiment.num_epochs, built.steps_per_epoch, self.epoch, num_updates)
+        self.log = RunLog(built.workdir, experiment.num_epochs, built.steps_per_epoch, self.epoch,
+                          num_updates) if ranks.leads else NoLog()
         print(f'{type(built.dataset).__name__}: {built.dataset.num_train} training and {built.dataset.num_validation} '
               f'validation images, {built.steps_per_epoch} updates per epoch')
         if experiment.devices == 'auto' and devices[0].device_type == 'cpu':
@@ -262,13 +308,30 @@ class _Run:
             print(f'resuming {built.workdir} after epoch {self.epoch}, update {self.step} of {built.steps_per_epoch}')
         self.log.table_head()
 
+    def start_alike(self, position):
+        """All ranks take up the weights, the optimizer's state and the position of rank 0, which is returned."""
+        built = self.built
+        weights = {name: parameter.list_data()[0] for name, parameter in built.parameters.items()}
+        self.ranks.broadcast(weights)
+        states, scalars = self.updater.state_dict()
+        shapes = {name: state.shape for name, state in states.items()}
+        position, scalars, shapes = self.ranks.gather_objects([position, scalars, shapes])[0]
+        states = {name: states.get(name, mx.nd.zeros(shape)) for name, shape in shapes.items()}
+        self.ranks.broadcast(states)
+        if not self.ranks.leads:
+            for name, parameter in built.parameters.items():
+                parameter.set_data(weights[name])
+            self.updater.load_state_dict(states, scalars)
+        return position
+
     def all_epochs(self):
         while self.epoch < self.built.experiment.num_epochs:
             self.one_epoch()
 
     def one_epoch(self):
         built, experiment = self.built, self.built.experiment
-        batches = loader.train_batches(built.dataset, experiment.batch_size, experiment.seed, self.epoch, self.step)
+        batches = loader.train_batches(built.dataset, experiment.batch_size, experiment.seed, self.epoch, self.step,
+                                       self.replicas.rows)
         if self.epoch == 0 and self.step == 0:
             self.log.images(loader.first_images(built.dataset, 16, experiment.seed))
             self.measure_percentiles()
@@ -283,14 +346,22 @@ class _Run:
             self.measure_percentiles()
             if built.checkpoints.due():
                 self.save()
-            self.check_signals()
+            progress(f'epoch {self.epoch + 1}, update {self.step} of {built.steps_per_epoch}')
+            self.ranks.check_signals()
+
+        def on_validation_batch(_):
+            progress(f'validation of epoch {self.epoch + 1}')
+            self.ranks.check_signals()
 
         train_epoch(self.replicas, self.updater, batches, self.metrics, built.learning_rate, experiment.seed, on_step)
-        self.check_signals()
         check_finite(built.parameters, self.updater, built.workdir)
+        weights_sha256 = weights_digest(built.parameters)
+        self.ranks.refuse_differences({f'SHA-256 after update {self.updater.num_updates}': weights_sha256},
+                                      'has other weights')
+        self.ranks.check_signals()
         start = time.perf_counter()
-        validation = evaluate(
-            built.net, self.devices, built.validation_batches(self.devices), lambda _: self.check_signals())
+        validation = self.ranks.total(evaluate(
+            built.net, self.devices, built.validation_batches(self.devices, self.ranks), on_validation_batch))
         if not math.isfinite(validation.loss):
             raise NaNLossError(f'the validation loss is {validation.loss} after update {self.updater.num_updates}; '
                                'lower '
@@ -298,7 +369,7 @@ class _Run:
         self.log.end_epoch(
             self.epoch, self.updater.num_updates, self.metrics, validation,
             built.learning_rate(self.updater.num_updates - 1), self.seconds, time.perf_counter() - start,
-            self.wait_seconds, peak_memory(self.devices))
+            self.wait_seconds, peak_memory(self.devices), weights_sha256)
         best = self.best_top1_error is None or validation.top1_error < self.best_top1_error
         if best:
             self.best_top1_error = validation.top1_error
@@ -307,14 +378,16 @@ class _Run:
 
     def measure_percentiles(self):
         built, experiment = self.built, self.built.experiment
-        if built.percentiles.due(self.step, built.steps_per_epoch):
+        if self.ranks.leads and built.percentiles.due(self.step, built.steps_per_epoch):
             self.log.percentiles(self.updater.num_updates, built.percentiles.measure(
                 built.dataset, experiment.seed, self.devices[0], experiment.images_at_once))
 
     def save(self, best=False):
-        self.built.checkpoints.save(self.built.parameters, self.updater, {
-            'epoch': self.epoch, 'step': self.step, 'best_top1_error': self.best_top1_error,
-            'metrics': self.metrics.state_dict(), 'seconds': self.seconds, 'wait_seconds': self.wait_seconds}, best)
+        if self.ranks.leads:
+            self.built.checkpoints.save(self.built.parameters, self.updater, {
+                'epoch': self.epoch, 'step': self.step, 'best_top1_error': self.best_top1_error,
+                'metrics': self.metrics.state_dict(), 'seconds': self.seconds,
+                'wait_seconds': self.wait_seconds}, best)
 
 
 def evaluate_run(experiment, bindings, workdir, data_dir=None, checkpoint='last', statistics=('running',),

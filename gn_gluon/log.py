@@ -88,7 +88,7 @@ class RunLog:
         self._board.add_images('train_images', np.uint8(255 * (images - low) / max(high - low, 1e-6)), 0)
 
     def end_epoch(self, epoch, num_updates, train, validation, learning_rate, seconds, validation_seconds, wait_seconds,
-                  peak_memory):
+                  peak_memory, weights_sha256):
         """Write the rows of a finished epoch and print its line of the table.
 
         Arguments:
@@ -96,13 +96,14 @@ class RunLog:
             seconds, validation_seconds, wait_seconds: of training in this epoch, of evaluating, and of waiting for
                 data while training.
             peak_memory: bytes.
+            weights_sha256: of all weights, see distributed.weights_digest.
         """
         self.close_bar()
         trained = train.num_samples / seconds
         common = {'epoch': epoch, 'learning_rate': learning_rate}
         for split, metrics, extra in (
                 ('train', train, {'images_per_second': trained, 'seconds': seconds, 'peak_memory_bytes': peak_memory,
-                                  'data_wait_share': wait_seconds / seconds}),
+                                  'data_wait_share': wait_seconds / seconds, 'weights_sha256': weights_sha256}),
                 ('validation', validation, {'images_per_second': validation.num_samples / validation_seconds,
                                             'seconds': validation_seconds})):
             row = dict(common, split=split, loss=metrics.loss, top1_error=metrics.top1_error,
@@ -133,6 +134,13 @@ class RunLog:
             # A row that a full disk refused is tried once more here; the failure has been reported.
             with contextlib.suppress(OSError):
                 file.close()
+
+
+class NoLog:
+    """The log of a rank whose run rank 0 writes down: takes everything, and says nothing."""
+
+    def __getattr__(self, name):
+        return lambda *_: None
 
 
 def read_rows(path):

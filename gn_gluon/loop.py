@@ -17,26 +17,31 @@ def train_epoch(replicas, updater, batches, metrics, learning_rate, seed, on_ste
         replicas: replicas.Replicas.
         updater: optim.Updater.
         batches: iterable of loader.Batch.
-        metrics: metrics.Metrics that counts the images as they are trained on.
+        metrics: metrics.Metrics that counts the images as they are trained on, those of all ranks.
         learning_rate: function of the number of updates made so far.
         seed: of the network's own random numbers (dropout).
         on_step: called after each update as on_step(loss, learning_rate).
     Raises NaNLossError naming the update when a loss is not finite, UserError when a device is out of memory.
     """
+    ranks = replicas.ranks
     with out_of_memory_explained(replicas.memory_hint()):
         for batch in batches:
             # MXNet's random state cannot be saved, so it follows from the number of the update.
-            mx.random.seed(int(np.random.SeedSequence([seed, updater.num_updates]).generate_state(1)[0]) >> 1)
+            numbers = [seed, updater.num_updates] + [ranks.rank] * (ranks.rank > 0)
+            mx.random.seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1)
             rate = learning_rate(updater.num_updates)
             logits = replicas.compute_gradients(batch.images, batch.labels, updater.loss_scale)
-            updater.update(rate, batch.num_samples)
+            updater.update(rate, replicas.batch_size)
+            counted = Metrics()
             # This waits for the forward passes only: the last backward pass and the update run on.
-            loss = metrics.add(np.concatenate([part.asnumpy() for part in logits]), batch.labels)
-            if not math.isfinite(loss):
-                raise NaNLossError(f'the training loss is {loss} at update {updater.num_updates} (learning rate '
-                                   f'{rate:g}); lower the learning rate or '
-                                   'clip the gradients (train.gradient_clip_norm)')
-            on_step(loss, rate)
+            counted.add(np.concatenate([part.asnumpy() for part in logits]), batch.labels)
+            counted = ranks.total(counted)
+            metrics.merge(counted)
+            if not math.isfinite(counted.loss):
+                raise NaNLossError(f'the training loss is {counted.loss} at update {updater.num_updates} (learning '
+                                   f'rate {rate:g}); lower the learning rate or clip the gradients '
+                                   '(train.gradient_clip_norm)')
+            on_step(counted.loss, rate)
         mx.nd.waitall()
 
 

@@ -17,7 +17,7 @@ class Metrics:
         self.loss_sum = loss_sum
 
     def add(self, logits, labels):
-        """Count one batch. logits: (n, num_classes), labels: (n,). Returns the mean loss of this batch.
+        """Count one batch. logits: (n, num_classes), labels: (n,).
 
         Ties count as argmax would break them: the class with the smaller index comes first.
         """
@@ -36,7 +36,11 @@ class Metrics:
         self.top1_wrong += int((rank >= 1).sum())
         self.top5_wrong += int((rank >= 5).sum())
         self.loss_sum += float(loss)
-        return float(loss) / len(labels)
+
+    def merge(self, other):
+        """Count what another Metrics has counted."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
     @property
     def loss(self):

@@ -5,6 +5,7 @@ import mxnet as mx
 from mxnet import gluon
 from mxnet.contrib.amp.loss_scaler import LossScaler
 
+from gn_gluon.distributed import ALONE
 from gn_gluon.errors import UserError
 from gn_gluon.norm import operator
 
@@ -186,14 +187,15 @@ class Updater:
         optimizer: SGD or Adam.
         weight_decay: for the tensors that decay (`split_by_decay`).
         gradient_clip_norm: largest Euclidean norm of the mean gradient over all tensors; None: no clipping.
-        kvstore: the MXNet kvstore between devices.
+        kvstore: the MXNet kvstore between the devices of this process.
         scale_loss: whether the loss is to be multiplied by `loss_scale` before its gradients are computed, so that
             float16 does not lose the small ones. The scale grows while they are finite; an update of infinite ones is
             left out, and halves it (MXNet's LossScaler).
+        ranks: distributed.Ranks, over which the gradients are summed, too.
     """
 
     def __init__(self, parameters, optimizer, weight_decay=0.0, decay_gamma_beta=True, gradient_clip_norm=None,
-                 kvstore='device', scale_loss=False):
+                 kvstore='device', scale_loss=False, ranks=ALONE):
         self.optimizer = optimizer.create(learning_rate=1.0, wd=weight_decay)
         self.velocity_holds_rate = optimizer.velocity_holds_rate
         self.gradient_clip_norm = gradient_clip_norm
@@ -204,6 +206,7 @@ class Updater:
         self.names = sorted(decaying + spared)
         self.trainer = gluon.Trainer([parameters[name] for name in self.names], self.optimizer, kvstore=kvstore,
                                      update_on_kvstore=False)
+        self.ranks = ranks
         self._rate = None
         self._scaler = LossScaler() if scale_loss else None
 
@@ -218,6 +221,7 @@ class Updater:
         The gradients hold sums over `batch_size` images, all devices together, times `loss_scale`.
         """
         self.trainer.allreduce_grads()
+        self._sum_over_ranks()
         batch_size = batch_size * self.loss_scale
         if self._scaler and self._scaler.has_overflow(self.trainer._params):
             self.num_updates += 1
@@ -227,6 +231,15 @@ class Updater:
         self._change_rate(learning_rate)
         self.trainer.update(batch_size)
         self.num_updates += 1
+
+    def _sum_over_ranks(self):
+        # Every device holds the sum over the devices of this process.
+        gradients = [parameter.list_grad() for parameter in self.trainer._params]
+        self.ranks.sum({name: of_devices[0] for name, of_devices in zip(self.names, gradients)})
+        if self.ranks.size > 1:
+            for first, *others in gradients:
+                for other in others:
+                    first.copyto(other)
 
     def _clip(self, batch_size):
         for gradients in zip(*(parameter.list_grad() for parameter in self.trainer._params)):

@@ -5,12 +5,14 @@ inside it. With fewer devices than replicas each device computes its share one a
 that the update is that of as many GPUs.
 """
 import contextlib
+import os
 import re
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd
 
+from gn_gluon.distributed import ALONE, WITHIN_PROCESS
 from gn_gluon.errors import UserError
 
 _RUNNING = ('running_mean', 'running_var')
@@ -22,15 +24,17 @@ def parse_devices(devices, num_replicas):
     """The MXNet contexts that `train.devices` names.
 
     Arguments:
-        devices: 'auto' (all GPUs, or else the CPU; no more than there are replicas), or names such as 'cpu(0)',
-            'gpu(0)' or the range 'gpu(0-7)', one string or a tuple of them.
+        devices: 'auto' (all GPUs, of which the workers of a machine take turns, or else the CPU; no more than there
+            are replicas), or names such as 'cpu(0)', 'gpu(0)' or the range 'gpu(0-7)', one string or a tuple of them.
         num_replicas: replicas to be shared out.
     Returns a list of contexts. Raises UserError for a name that is none, a GPU that is not there, or more devices than
     replicas.
     """
     num_gpus = mx.context.num_gpus()
     if devices == 'auto':
-        return [mx.gpu(i) for i in range(min(num_gpus, num_replicas))] or [mx.cpu()]
+        # Of the GPUs of a machine each worker there takes its share.
+        here, index = int(os.environ.get('GN_GLUON_WORKERS_HERE', 1)), int(os.environ.get('GN_GLUON_WORKER_HERE', 0))
+        return [mx.gpu(i) for i in range(index, num_gpus, here)][:num_replicas] or [mx.cpu()]
     if not isinstance(devices, (str, tuple, list)):
         raise UserError(f"train.devices = {devices!r} is neither a name such as 'gpu(0-7)' nor a tuple of them")
     contexts = []
@@ -65,7 +69,17 @@ def gpus_seen():
 
 
 def check_kvstore(kvstore, devices):
-    """Raise UserError if the kvstore `kvstore` cannot work between `devices`, or is not in this build of MXNet."""
+    """Raise UserError if the kvstore `kvstore` cannot work between `devices`, or is not in this build of MXNet.
+
+    Likewise if this process was started to train alone and the kvstore is for several, or the other way round.
+    """
+    launched = 'DMLC_ROLE' in os.environ
+    if launched and kvstore not in WITHIN_PROCESS:
+        raise UserError(f"this process is one of {os.environ.get('DMLC_NUM_WORKER')} workers, but train.kvstore = "
+                        f"{kvstore!r} trains alone; add --gin_bindings \"train.kvstore = 'dist_sync'\"")
+    if kvstore in WITHIN_PROCESS and not launched:
+        raise UserError(f'train.kvstore = {kvstore!r} is for several processes; start them with: python '
+                        'tools/launch.py --local 2 -- python -m gn_gluon.train ...')
     if kvstore != 'nccl':
         return
     if devices[0].device_type == 'cpu':
@@ -94,23 +108,29 @@ class Replicas:
         loss: Gluon loss that returns one value per image.
         devices: list of contexts.
         num_replicas, batch_per_replica: the layout; replica i takes the i-th part of the batch.
+        ranks: distributed.Ranks. Of the replicas each rank computes its share.
         images_at_once: where no layer has running statistics, samples do not see one another: the images of a device
             then go through the network in the largest equal parts of up to so many, be these several replicas or a
             part of one. The same sums, and the memory of so many images.
+    Attributes: batch_size, the images of an update; rows, the slice of them that is this rank's.
     """
 
-    def __init__(self, net, loss, devices, num_replicas, batch_per_replica, images_at_once=32):
+    def __init__(self, net, loss, devices, num_replicas, batch_per_replica, images_at_once=32, ranks=ALONE):
         self.net = net
         self.loss = loss
         self.devices = devices
         self.batch_per_replica = batch_per_replica
         self.num_replicas = num_replicas
+        self.ranks = ranks
+        self.batch_size = num_replicas * batch_per_replica
+        first, after = ranks.share(num_replicas)
+        self.rows = slice(first * batch_per_replica, after * batch_per_replica)
         parameters = net._collect_params_with_prefix()
         self.trainable = [p for p in parameters.values() if p.grad_req != 'null']
         self.running = [p for name, p in parameters.items() if name.endswith(_RUNNING)]
-        #: For each device the rows of each pass, in order; all passes of a device are of one size.
+        #: For each device the rows (of this rank) of each pass, in order; all passes of a device are of one size.
         self.passes = []
-        for share in np.array_split(np.arange(num_replicas), len(devices)):
+        for share in np.array_split(np.arange(after - first), len(devices)):
             first, last = share[0] * batch_per_replica, (share[-1] + 1) * batch_per_replica
             size = batch_per_replica if self.running else _largest_divisor(last - first, images_at_once)
             self.passes.append([slice(start, start + size) for start in range(first, last, size)])
@@ -124,8 +144,9 @@ class Replicas:
         """One line for the log: '8 replicas x 2 images on 1 device (cpu(0))'."""
         num_devices = len(self.devices)
         return (f"{self.num_replicas} replica{'s' * (self.num_replicas != 1)} x {self.batch_per_replica} "
-                f"image{'s' * (self.batch_per_replica != 1)} on {num_devices} device{'s' * (num_devices != 1)} "
-                f"({', '.join(map(str, self.devices))})"
+                f"image{'s' * (self.batch_per_replica != 1)} on "
+                + (f'{self.ranks.size} workers, here on ' if self.ranks.size > 1 else '')
+                + f"{num_devices} device{'s' * (num_devices != 1)} ({', '.join(map(str, self.devices))})"
                 + ('' if self.images_at_once == self.batch_per_replica else
                    f', {self.images_at_once} images at a time: this norm keeps samples apart'))
 
@@ -142,10 +163,10 @@ class Replicas:
         """Leave the sum over all images of the gradients of loss * loss_scale in the parameters, a part on each device.
 
         Arguments:
-            images: (num_replicas * batch_per_replica, C, H, W) float32 NumPy array.
+            images: (n, C, H, W) float32 NumPy array: `rows` of the update's batch.
             labels: the same number of int32.
         Returns the logits as a list of NDArrays in the order of the images. Running statistics become the mean over
-        replicas of what each replica alone would have made of them.
+        all replicas of what each replica alone would have made of them.
         """
         if self.accumulate:
             for parameter in self.trainable:
@@ -178,11 +199,15 @@ class Replicas:
         return logits
 
     def _average(self, statistics):
-        """Every device takes the mean over all replicas of all devices."""
-        for i, parameter in enumerate(self.running):
+        """Every device takes the mean over all replicas of all devices and ranks."""
+        totals = {}
+        for i in range(len(self.running)):
             total = statistics[0].sums[i]
             for other in statistics[1:]:
                 total = total + other.sums[i].as_in_context(total.context)
+            totals[f'running {i}'] = total
+        self.ranks.sum(totals)
+        for parameter, total in zip(self.running, totals.values()):
             parameter.set_data(total / self.num_replicas)
 
 

@@ -65,7 +65,10 @@ def main():
     if not flags.gin_file and not (flags.workdir and os.path.exists(recorded)):
         raise UserError('neither --gin_file nor the --workdir of a run to go on with is given; for a start: python -m '
                         'gn_gluon.train --gin_file gin/digits_gn_bs2.gin')
-    from gn_gluon import benchmark, compat, config, experiment, plan, replicas  # here: experiment imports all the rest
+    # Here, since experiment imports all the rest.
+    from gn_gluon import benchmark, compat, config, distributed, experiment, plan, replicas
+    if distributed.serve():
+        return
     workdir = flags.workdir or default_workdir(flags.gin_file)
     bindings = config.parse(flags.gin_file or [recorded], flags.gin_bindings)
     made = config.make(experiment.Experiment)
@@ -78,7 +81,8 @@ def main():
         compat.divide_threads(len(devices), 'gn_gluon.train')
     if flags.benchmark:
         result = benchmark.benchmark(made, bindings, workdir, data_dir, flags.benchmark)
-        print(json.dumps(result) if flags.json else benchmark.table(result))
+        if result:
+            print(json.dumps(result) if flags.json else benchmark.table(result))
     else:
         experiment.train(made, bindings, workdir, data_dir)
 

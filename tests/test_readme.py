@@ -24,6 +24,7 @@ SHORTER = {
     'python -m gn_gluon.train --gin_file gin/cifar': ['train.num_epochs = 1', 'CIFAR10.num_train = 256'],
     'python -m gn_gluon.train --gin_file gin/resnet50': ['train.num_epochs = 1', 'ImageNet.image_size = 64'],
     'python -m gn_gluon.eval --gin_file gin/resnet50': ['ImageNet.image_size = 64'],
+    'python tools/launch.py': ['train.num_epochs = 1'],
     'python tools/sweep.py': ['train.num_epochs = 1']}
 FLAGS = {
     'python tools/sweep.py': ['--seeds', '1'],
@@ -69,7 +70,8 @@ def clone(tmp_path):
 
 @pytest.mark.slow
 def test_every_command_runs(clone):
-    environment = dict(os.environ, PYTHONPATH=str(clone))
+    environment = dict(os.environ, PYTHONPATH=str(clone),
+                       PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH'])
     ran = []
     for command in commands():
         if beginning(command, ELSEWHERE, None):

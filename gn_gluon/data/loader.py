@@ -9,8 +9,6 @@ import time
 
 import numpy as np
 
-from gn_gluon.errors import UserError
-
 #: images (batch_size, C, H, W) float32; labels (batch_size,) int32; of these the first `num_samples` count,
 #: the rest is padding that keeps the shape of the last validation batch.
 Batch = collections.namedtuple('Batch', ['images', 'labels', 'num_samples'])
@@ -35,26 +33,24 @@ def epoch_draws(num_samples, num_draws, seed, epoch):
     return _generator(seed, epoch, _DRAWS).random((num_samples, num_draws), dtype=np.float32)
 
 
-def train_batches(dataset, batch_size, seed, epoch, start_step=0, part=0, num_parts=1):
+def train_batches(dataset, batch_size, seed, epoch, start_step=0, rows=slice(None)):
     """Batches of one training epoch from `start_step` on; the remainder of the permutation is dropped.
 
     Arguments:
-        batch_size: images of one step, those of all parts together.
-        part, num_parts: of every step this process makes the part-th of so many equal parts, from 0. So all parts have
-            the same number of steps, and in each together the images that one process alone would have.
+        batch_size: images of one step, those of all processes together.
+        rows: slice of them, which this process makes. So all processes have the same number of steps, and in each
+            together the images that one process alone would have.
     """
-    share, remainder = divmod(batch_size, num_parts)
-    if remainder:
-        raise UserError(f'{batch_size} images per update cannot be shared equally by {num_parts} processes')
+    rows = range(*rows.indices(batch_size))
     order = epoch_order(dataset.num_train, seed, epoch)
     draws = epoch_draws(dataset.num_train, dataset.num_draws, seed, epoch)
 
     def make_batch(step):
-        start = step * batch_size + part * share
-        indices = order[start:start + share]
-        return Batch(dataset.train_batch(indices, draws[indices]), dataset.train_labels[indices], share)
+        start = step * batch_size
+        indices = order[start + rows.start:start + rows.stop]
+        return Batch(dataset.train_batch(indices, draws[indices]), dataset.train_labels[indices], len(rows))
 
-    return Prefetcher(make_batch, range(start_step, dataset.num_train // batch_size), _ahead(share))
+    return Prefetcher(make_batch, range(start_step, dataset.num_train // batch_size), _ahead(len(rows)))
 
 
 def first_images(dataset, number, seed):
@@ -63,8 +59,11 @@ def first_images(dataset, number, seed):
     return dataset.train_batch(indices, epoch_draws(dataset.num_train, dataset.num_draws, seed, 0)[indices])
 
 
-def validation_batches(dataset, batch_size):
-    """Batches that hold every validation image exactly once; the last is padded with its last image."""
+def validation_batches(dataset, batch_size, part=0, num_parts=1):
+    """Batches that hold every validation image exactly once; the last is padded with its last image.
+
+    Of all batches this process makes every num_parts-th, from the part-th on.
+    """
     num_validation = dataset.num_validation
 
     def make_batch(start):
@@ -72,7 +71,7 @@ def validation_batches(dataset, batch_size):
         return Batch(dataset.validation_batch(indices), dataset.validation_labels[indices],
                      min(batch_size, num_validation - start))
 
-    return Prefetcher(make_batch, range(0, num_validation, batch_size), _ahead(batch_size))
+    return Prefetcher(make_batch, range(part * batch_size, num_validation, num_parts * batch_size), _ahead(batch_size))
 
 
 def full_validation_batches(dataset, batch_size, seed):
