@@ -86,7 +86,7 @@ class Ranks:
         self.rank = int(os.environ.get('GN_GLUON_WORKER', kvstore.rank)) if kvstore else 0
         self.check_own_signals = lambda: None
         self._num_pairs = (self.size + 1) // 2 if reproducible else 1
-        self._keys = {}
+        self._keys, self._pairs = {}, {}
         self._stop = None
 
     def leave(self):
@@ -161,15 +161,19 @@ class Ranks:
         if self._num_pairs == 1:
             self._add_up(arrays, arrays.values())
             return
-        pairs = []
-        for array in arrays.values():
-            pairs.append(-mx.nd.zeros((self._num_pairs, *array.shape), ctx=array.context))
-            pairs[-1][self.rank // 2] = array
-        self._add_up(arrays, pairs)
-        for array, (first, *others) in zip(arrays.values(), pairs):
-            first.copyto(array)
-            for other in others:
-                array += other
+        for name, array in arrays.items():
+            if name not in self._pairs:
+                self._pairs[name] = mx.nd.empty((self._num_pairs, *array.shape), ctx=array.context)
+            nothing = -mx.nd.zeros((1,) * array.ndim, ctx=array.context)  # -0.0 leaves every number as it is
+            for i in range(self._num_pairs):
+                mx.nd.broadcast_to(nothing, array.shape, out=self._pairs[name][i])
+            array.copyto(self._pairs[name][self.rank // 2])
+        self._add_up(arrays, [self._pairs[name] for name in arrays])
+        for name, array in arrays.items():
+            pairs = [self._pairs[name][i] for i in range(self._num_pairs)]
+            mx.nd.elemwise_add(pairs[0], pairs[1], out=array)
+            for pair in pairs[2:]:
+                array += pair
 
     def broadcast(self, arrays):
         """Replace arrays, see `sum`, by those of rank 0."""
