@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from gn_gluon import compat, config
 from gn_gluon.data import loader
-from gn_gluon.distributed import joined
-from gn_gluon.experiment import Built, devices_of, peak_memory
+from gn_gluon.distributed import joined, progress
+from gn_gluon.experiment import Built, devices_of, peak_memory, what_all_ranks_share
 from gn_gluon.loop import train_epoch
 from gn_gluon.metrics import Metrics
 from gn_gluon.norm.operator import active_operator
@@ -45,13 +45,17 @@ def benchmark(experiment, bindings, workdir, data_dir=None, num_updates=10):
     devices = parse_devices(experiment.devices, experiment.num_replicas)
     check_kvstore(experiment.kvstore, devices)
     check_trainable(experiment.dtype, devices)
+    # A set without a folder is part of an installed package.
+    data = 'there' if built.data_dir is None or os.path.isdir(built.data_dir) else 'missing'
+    progress('starting')
     with joined(experiment.kvstore, experiment.reproducible) as ranks:
-        result = _measurements(built, devices_of(experiment, ranks), ranks, num_updates)
+        ranks.refuse_differences(what_all_ranks_share(built, data))
+        result = _measurements(built, devices_of(experiment, ranks), ranks, num_updates, data == 'there')
         result['norm_operator'] = operator
         return result if ranks.leads else None
 
 
-def _measurements(built, devices, ranks, num_updates):
+def _measurements(built, devices, ranks, num_updates, with_data):
     experiment = built.experiment
     built.initialize(devices)
     replicas, updater = built.make_replicas(devices, ranks), built.make_updater(ranks)
@@ -60,8 +64,8 @@ def _measurements(built, devices, ranks, num_updates):
     def measure(batches, train, title):
         number = WARMUP_UPDATES + (num_updates if train else max(num_updates, DATA_IMAGES // experiment.batch_size))
         with contextlib.closing(batches), tqdm(total=number, desc=title, unit='update', leave=False,
-                                               disable=None) as progress:
-            timed = _Timed(itertools.islice(batches, number), progress, ranks)
+                                               disable=None) as bar:
+            timed = _Timed(itertools.islice(batches, number), bar, ranks)
             if train:
                 train_epoch(replicas, updater, timed, Metrics(), lambda _: 0.0, experiment.seed, timed.done)
             else:
@@ -79,8 +83,7 @@ def _measurements(built, devices, ranks, num_updates):
         'images_per_update': experiment.batch_size, 'num_updates': num_updates, 'warmup_updates': WARMUP_UPDATES,
         'threads': compat.num_threads(), 'data_dir': built.data_dir,
         'compute': measure(_made_up_batches(built, rows), True, 'compute'), 'data': None, 'training': None}
-    # A set without a folder is part of an installed package.
-    if built.data_dir is None or os.path.isdir(built.data_dir):
+    if with_data:
         built.load()
         result['updates_per_epoch'] = built.steps_per_epoch  # raises where the images do not fill one
         result['data'] = measure(_own_batches(built, rows), False, 'data')
@@ -133,9 +136,9 @@ def _own_batches(built, rows):
 class _Timed:
     """Iterates over `batches`; keeps how long each was waited for, and when each was done with."""
 
-    def __init__(self, batches, progress, ranks):
+    def __init__(self, batches, bar, ranks):
         self._batches = batches
-        self._progress = progress
+        self._bar = bar
         self._ranks = ranks
         self.waits = []
         self.done_at = []
@@ -155,7 +158,8 @@ class _Timed:
         """The batch that was last handed out is done with."""
         self.done_at.append(time.perf_counter())
         self.bytes_sent.append(bytes_sent())
-        self._progress.update()
+        self._bar.update()
+        progress(f'update {len(self.done_at)} of the benchmark')
         self._ranks.check_signals()
 
 

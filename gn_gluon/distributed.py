@@ -184,6 +184,7 @@ class Ranks:
                     array *= -1  # -0.0, the number that leaves every other, -0.0 too, as it is
             self.sum(arrays)
             mx.nd.waitall()  # the next sum of the same name would not wait
+            self._pairs.clear()  # those of the optimizer's states are not needed again
 
     def _add_up(self, names, arrays):
         new = {name: array for name, array in zip(names, arrays) if name not in self._keys}

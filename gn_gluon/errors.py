@@ -40,6 +40,8 @@ def command(main):
         _end(stop.exit_code)
     except KeyboardInterrupt:
         _end(130)
+    except SystemExit as end:
+        _end(end.code or 0)
     except Exception:
         if not end_at_once:
             raise

@@ -183,7 +183,7 @@ class Built:
         Of several ranks all together see every image once.
         """
         return loader.validation_batches(self.dataset, max(1, self.experiment.validation_batch // len(devices)),
-                                         ranks.rank, ranks.size)
+                                         *ranks.share(self.dataset.num_validation))
 
     def make_replicas(self, devices, ranks=ALONE):
         """The replicas.Replicas of the initialized network."""
@@ -220,7 +220,7 @@ def train(experiment, bindings, workdir, data_dir=None):
     _refuse_no_validation(built)
     with joined(experiment.kvstore, experiment.reproducible) as ranks:
         devices = devices_of(experiment, ranks)
-        ranks.refuse_differences(_what_all_ranks_share(built))
+        ranks.refuse_differences(what_all_ranks_share(built, json.dumps(built.dataset.describe(), sort_keys=True)))
         if ranks.leads:
             with _run_folder(workdir):
                 _train(built, devices, ranks)
@@ -239,13 +239,12 @@ def devices_of(experiment, ranks):
     return parse_devices(experiment.devices, after - first)
 
 
-def _what_all_ranks_share(built):
-    """What must be the same on every rank: the config but for what may differ, versions and data."""
+def what_all_ranks_share(built, data):
+    """What must be the same on every rank: the config but for where it runs, versions, and `data`, a text."""
     settings = {key: value for key, value in config.statements(config.operative_config()).items()
-                if key not in RESUMABLE_WITH_OTHER or key == 'train.kvstore'}
+                if key not in RESUMABLE_WITH_OTHER or key in ('train.kvstore', 'train.reproducible')}
     return dict(settings, **{'the code of gn_gluon (SHA-256)': code_digest(), 'MXNet': mx.__version__,
-                             'norm operator': active_operator()[0],
-                             'data': json.dumps(built.dataset.describe(), sort_keys=True)})
+                             'numpy': np.__version__, 'norm operator': active_operator()[0], 'data': data})
 
 
 def _train(built, devices, ranks):
@@ -259,7 +258,7 @@ def _train(built, devices, ranks):
             _refuse_other_data(workdir, built.dataset)
         else:
             write_text(os.path.join(workdir, 'config.gin'), config.operative_config())
-        _write_environment(built, devices, resumed)
+        _write_environment(built, devices, ranks, resumed)
         write_text(os.path.join(workdir, 'dataset.json'), json.dumps(built.dataset.describe()))
     built.initialize(devices)
     if ranks.leads and experiment.initial_weights and not resumed:
@@ -332,7 +331,7 @@ class _Run:
         built, experiment = self.built, self.built.experiment
         batches = loader.train_batches(built.dataset, experiment.batch_size, experiment.seed, self.epoch, self.step,
                                        self.replicas.rows)
-        if self.epoch == 0 and self.step == 0:
+        if self.epoch == 0 and self.step == 0 and self.ranks.leads:
             self.log.images(loader.first_images(built.dataset, 16, experiment.seed))
             self.measure_percentiles()
         self.log.start_epoch(self.epoch, self.step)
@@ -350,8 +349,8 @@ class _Run:
             self.ranks.check_signals()
 
         def on_validation_batch(_):
-            progress(f'validation of epoch {self.epoch + 1}')
-            self.ranks.check_signals()
+            progress(f'epoch {self.epoch + 1}, update {self.step}, validation')
+            self.ranks.check_own_signals()
 
         train_epoch(self.replicas, self.updater, batches, self.metrics, built.learning_rate, experiment.seed, on_step)
         check_finite(built.parameters, self.updater, built.workdir)
@@ -360,8 +359,13 @@ class _Run:
                                       'has other weights')
         self.ranks.check_signals()
         start = time.perf_counter()
-        validation = self.ranks.total(evaluate(
-            built.net, self.devices, built.validation_batches(self.devices, self.ranks), on_validation_batch))
+        try:
+            validation = evaluate(
+                built.net, self.devices, built.validation_batches(self.devices, self.ranks), on_validation_batch)
+        except Interrupted:
+            validation = Metrics()  # the others learn of it now
+        validation = self.ranks.total(validation)
+        self.ranks.check_signals()
         if not math.isfinite(validation.loss):
             raise NaNLossError(f'the validation loss is {validation.loss} after update {self.updater.num_updates}; '
                                'lower '
@@ -577,7 +581,7 @@ def _short(value):
     return text if len(text) <= 60 else text[:57] + '...'
 
 
-def _write_environment(built, devices, resumed):
+def _write_environment(built, devices, ranks, resumed):
     """What made the run: versions, hardware, commit, command."""
     path = os.path.join(built.workdir, 'environment.json')
     now = time.strftime('%Y-%m-%dT%H:%M:%S%z')
@@ -587,6 +591,7 @@ def _write_environment(built, devices, resumed):
         'gluoncv': compat.version('gluoncv'),
         'numpy': np.__version__, 'python': platform.python_version(), 'platform': platform.platform(),
         'host': platform.node(), 'processor': compat.processor(), 'devices': [str(device) for device in devices],
+        'workers': ranks.size,
         'threads': compat.num_threads(), 'norm_operator': active_operator()[0],
         'data_dir': built.data_dir and os.path.abspath(built.data_dir)}
     if resumed and os.path.exists(path):

@@ -27,13 +27,13 @@ def train_epoch(replicas, updater, batches, metrics, learning_rate, seed, on_ste
     with out_of_memory_explained(replicas.memory_hint()):
         for batch in batches:
             # MXNet's random state cannot be saved, so it follows from the number of the update.
-            numbers = [seed, updater.num_updates] + [ranks.rank] * (ranks.rank > 0)
-            mx.random.seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1)
+            numbers = np.random.SeedSequence([seed, updater.num_updates, ranks.rank]).generate_state(1)
+            mx.random.seed(int(numbers[0]) >> 1)
             rate = learning_rate(updater.num_updates)
             logits = replicas.compute_gradients(batch.images, batch.labels, updater.loss_scale)
             updater.update(rate, replicas.batch_size)
             counted = Metrics()
-            # This waits for the forward passes only: the last backward pass and the update run on.
+            # This waits for the forward passes only: with one rank the last backward pass and the update run on.
             counted.add(np.concatenate([part.asnumpy() for part in logits]), batch.labels)
             counted = ranks.total(counted)
             metrics.merge(counted)

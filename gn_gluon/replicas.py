@@ -34,6 +34,8 @@ def parse_devices(devices, num_replicas):
     if devices == 'auto':
         # Of the GPUs of a machine each worker there takes its share.
         here, index = int(os.environ.get('GN_GLUON_WORKERS_HERE', 1)), int(os.environ.get('GN_GLUON_WORKER_HERE', 0))
+        if 0 < num_gpus < here:
+            raise UserError(f'{here} workers are to share the {num_gpus} GPUs of this machine; start fewer')
         return [mx.gpu(i) for i in range(index, num_gpus, here)][:num_replicas] or [mx.cpu()]
     if not isinstance(devices, (str, tuple, list)):
         raise UserError(f"train.devices = {devices!r} is neither a name such as 'gpu(0-7)' nor a tuple of them")
@@ -55,9 +57,8 @@ def parse_devices(devices, num_replicas):
     if not contexts or len(set(contexts)) != len(contexts):
         raise UserError('train.devices = {!r} names {}'.format(devices, 'a device twice' if contexts else 'no device'))
     if len(contexts) > num_replicas:
-        raise UserError(f'train.devices names {len(contexts)} devices for train.num_replicas = {num_replicas} '
-                        'replicas; a device needs at least '
-                        'one')
+        raise UserError(f'train.devices names {len(contexts)} devices for the {num_replicas} replicas '
+                        '(train.num_replicas, or the share of this worker); a device needs at least one')
     return contexts
 
 

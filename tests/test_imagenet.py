@@ -339,6 +339,14 @@ def test_the_parts_of_an_update_make_up_what_one_process_would_have(packed):
     assert {len(part) for part in parts} == {len(expected)} and parts[0][0].num_samples == 3
 
 
+def test_parts_of_the_validation_images_hold_every_one_once_whatever_their_batches(packed):
+    dataset = loaded(packed)
+    bounds = [0, 4, 4, NUM_VALIDATION]
+    labels = [batch.labels[:batch.num_samples] for first, after, size in zip(bounds, bounds[1:], (3, 5, 2))
+              for batch in loader.validation_batches(dataset, size, first, after)]
+    np.testing.assert_array_equal(np.concatenate(labels), np.arange(NUM_VALIDATION) % 5)
+
+
 @pytest.mark.parametrize('batch_size', [1, 4, 10, 11, 12, 50])
 def test_every_validation_image_comes_exactly_once(packed, batch_size):
     dataset = loaded(packed)

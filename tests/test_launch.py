@@ -228,6 +228,16 @@ if me == 'worker1' and {code}:
 """, '--local', 2).end(code)
 
 
+def test_a_process_whose_name_is_no_text_does_not_outlive_the_others(launch):
+    launch("""
+import ctypes
+ctypes.CDLL(None).prctl(15, b'caf\\xc3')  # PR_SET_NAME
+if me == 'worker1':
+    subprocess.Popen(['sleep', '1000'], start_new_session=True)
+    sys.exit(7)
+""" + 'hang()', '--local', 2).end(7)
+
+
 HANG = """
 with open('starting' + me, 'w') as file:
     file.write(str(os.getpid()))
@@ -389,6 +399,14 @@ def test_a_lost_host_is_left_out_of_the_next_start(launch, hosts, tmp_path):
     check_roles(tmp_path, workers=2, servers=1)
 
 
+def test_nothing_starts_anew_without_the_first_host_which_has_the_run_folder(launch, hosts):
+    job = launch(HANG, *hosts, '--restarts', 2)
+    os.kill(parent(job.pids('worker0', *ROLES, 'worker2')[0]), signal.SIGKILL)
+    errors = job.end(4)
+    assert 'error: host localhost is lost' in errors and 'no restart without the first host' in errors
+    assert 'start 2' not in errors
+
+
 def parent(pid):
     with open(f'/proc/{pid}/stat') as file:
         return int(file.read().rpartition(')')[2].split()[1])
@@ -397,11 +415,11 @@ def parent(pid):
 @pytest.mark.slow
 def test_a_host_that_is_silent_is_lost(launch, hosts, tmp_path):
     job = launch(ONE_HOST_LEFT, *hosts, '--restarts', 2, HANG=HANG)
-    os.kill(parent(job.pids('worker0', *ROLES, 'worker2')[0]), signal.SIGSTOP)
+    os.kill(parent(job.pids(*ROLES, 'worker2')[-1]), signal.SIGSTOP)
     errors = job.end(0)
-    assert 'error: host localhost is lost, its agent said nothing for 15 s' in errors
-    assert 'launch: start 2 of 1 + 2, with 1 workers on 127.0.0.2\n' in errors
-    check_roles(tmp_path, workers=1, servers=1)
+    assert 'error: host 127.0.0.2 is lost, its agent said nothing for 15 s' in errors
+    assert 'launch: start 2 of 1 + 2, with 2 workers on localhost\n' in errors
+    check_roles(tmp_path, workers=2, servers=1)
 
 
 @pytest.mark.slow

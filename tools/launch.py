@@ -97,7 +97,7 @@ class Process:
 
     def standing(self):
         """What sorts workers by how far they are: the numbers of "epoch 3, update 17", then the time since."""
-        return [int(digits) for digits in re.findall(r'\d+', self.progress)], -self.age
+        return [int(digits) for digits in re.findall(r'\d+', self.progress)], -(self.age or float('inf'))
 
     def whereabouts(self):
         if self.code is not None:
@@ -335,7 +335,7 @@ class Job:
                 raise JobError(HUNG, f'{process} is stopped (state T) for {STOPPED} s', process)
         workers = [worker for worker in self._running('worker') if worker.age is not None]  # the others do not tell
         if workers and min(worker.age for worker in workers) > self._flags.timeout:
-            last = min(workers, key=Process.standing)
+            last = min(self._running('worker'), key=Process.standing)
             states = ', '.join(process.whereabouts() for process in self._processes.values())
             raise JobError(HUNG, f'no worker made a step for {self._flags.timeout:g} s; farthest behind is {last}; '
                            f'{states}', last)
@@ -352,8 +352,13 @@ class Job:
         def failed():
             return [worker for worker in self._ended if worker.role == 'worker' and worker.code not in saved]
 
+        def in_vain():
+            # A worker that ends by SIGTERM itself has not begun: the others wait for it, and have nothing to save.
+            return len(self._signals) > 1 or failed() or any(
+                worker.code == -signal.SIGTERM for worker in self._ended if worker.role == 'worker')
+
         try:
-            self._wait(lambda: len(self._signals) > 1 or not self._running('worker') or failed(), self._flags.grace)
+            self._wait(lambda: not self._running('worker') or in_vain(), self._flags.grace)
         except JobError as error:
             return JobError(code, f'interrupted, and then {error}')
         if failed():
@@ -409,10 +414,14 @@ def launch(flags, hosts, command):
         if error is None:
             break
         printer.write(f'{"launch" if signals else "error"}: {job.describe(error)}\n')
-        if error.host:
-            hosts = {name: workers for name, workers in hosts.items() if name != error.host.name}
-        if signals or error.code in (BAD_INPUT, NAN_LOSS) or not hosts:
+        if signals or error.code in (BAD_INPUT, NAN_LOSS):
             break
+        if error.host:
+            if error.host.name == next(iter(hosts)):
+                printer.write('launch: no restart without the first host, which has the run folder; if it is on a file '
+                              'system that all hosts share, name another host first, and the same command goes on\n')
+                break
+            hosts = {name: workers for name, workers in hosts.items() if name != error.host.name}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # while a stopped terminal keeps the last lines waiting
     printer.close()
@@ -441,7 +450,8 @@ def take_role(flags, rank, size, command):
                         f'start {2 + servers} or more')
     here = str(size) == os.environ.get('OMPI_COMM_WORLD_LOCAL_SIZE') or os.environ.get('SLURM_NNODES') == '1'
     if not (flags.root or here):
-        raise UserError('the ranks are on several hosts: name the address of the host of rank 0 with --root ADDRESS')
+        raise UserError('the ranks are on several hosts, or may be: name the address of the host of rank 0 with --root '
+                        'ADDRESS')
     try:
         root = socket.gethostbyname(flags.root or '127.0.0.1')
     except OSError as error:

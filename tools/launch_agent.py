@@ -58,7 +58,7 @@ def message(kind, **values):
 
 def stat(pid):
     """(state, parent, session) of a process."""
-    with open(f'/proc/{pid}/stat') as file:
+    with open(f'/proc/{pid}/stat', errors='replace') as file:  # a name may be cut within a letter
         state, parent, _, session = file.read().rpartition(')')[2].split()[:4]
     return state, int(parent), int(session)
 

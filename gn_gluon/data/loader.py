@@ -59,19 +59,19 @@ def first_images(dataset, number, seed):
     return dataset.train_batch(indices, epoch_draws(dataset.num_train, dataset.num_draws, seed, 0)[indices])
 
 
-def validation_batches(dataset, batch_size, part=0, num_parts=1):
+def validation_batches(dataset, batch_size, first=0, after=None):
     """Batches that hold every validation image exactly once; the last is padded with its last image.
 
-    Of all batches this process makes every num_parts-th, from the part-th on.
+    `first` and `after`: the first image, and the one after the last, for a process that makes a part of them.
     """
-    num_validation = dataset.num_validation
+    after = dataset.num_validation if after is None else after
 
     def make_batch(start):
-        indices = np.minimum(np.arange(start, start + batch_size), num_validation - 1)
+        indices = np.minimum(np.arange(start, start + batch_size), after - 1)
         return Batch(dataset.validation_batch(indices), dataset.validation_labels[indices],
-                     min(batch_size, num_validation - start))
+                     min(batch_size, after - start))
 
-    return Prefetcher(make_batch, range(part * batch_size, num_validation, num_parts * batch_size), _ahead(batch_size))
+    return Prefetcher(make_batch, range(first, after, batch_size), _ahead(batch_size))
 
 
 def full_validation_batches(dataset, batch_size, seed):
