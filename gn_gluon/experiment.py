@@ -220,7 +220,9 @@ def train(experiment, bindings, workdir, data_dir=None):
     _refuse_no_validation(built)
     with joined(experiment.kvstore, experiment.reproducible) as ranks:
         devices = devices_of(experiment, ranks)
-        ranks.refuse_differences(what_all_ranks_share(built, json.dumps(built.dataset.describe(), sort_keys=True)))
+        if ranks.size > 1:
+            data = json.dumps(built.dataset.describe(), sort_keys=True)
+            ranks.refuse_differences(what_all_ranks_share(built, data))
         if ranks.leads:
             with _run_folder(workdir):
                 _train(built, devices, ranks)

@@ -221,7 +221,8 @@ class Updater:
         The gradients hold sums over `batch_size` images, all devices together, times `loss_scale`.
         """
         self.trainer.allreduce_grads()
-        self._sum_over_ranks()
+        if self.ranks.size > 1:
+            self._sum_over_ranks()
         batch_size = batch_size * self.loss_scale
         if self._scaler and self._scaler.has_overflow(self.trainer._params):
             self.num_updates += 1
@@ -236,10 +237,9 @@ class Updater:
         # Every device holds the sum over the devices of this process.
         gradients = [parameter.list_grad() for parameter in self.trainer._params]
         self.ranks.sum({name: of_devices[0] for name, of_devices in zip(self.names, gradients)})
-        if self.ranks.size > 1:
-            for first, *others in gradients:
-                for other in others:
-                    first.copyto(other)
+        for first, *others in gradients:
+            for other in others:
+                first.copyto(other)
 
     def _clip(self, batch_size):
         for gradients in zip(*(parameter.list_grad() for parameter in self.trainer._params)):
