@@ -218,6 +218,17 @@ def test_one_process_alone_gathers_itself():
     ALONE.refuse_differences({'seed': 1})
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_several_workers_measures_what_they_send():
+    table = run([sys.executable, 'tools/bench_scaling.py', '--gin_file', 'gin/digits_gn_bs2.gin', '--workers', '2',
+                 '--updates', '3', '--rounds', '1'])
+    megabytes = {line[:9].strip(): float(line.split()[-1]) for line in table.splitlines()
+                 if line.startswith(('alone', '2 workers'))}
+    gradients = 4 * sum(array.size for array in initial_weights([]).values()) / 1e6
+    # Each of the two sends them once and receives them once.
+    assert megabytes['2 workers'] == pytest.approx(4 * gradients, rel=0.3) and megabytes['alone'] == 0
+
+
 # -------------------------------------------------------------------------------- what is refused
 
 def test_a_worker_with_other_settings_is_refused_at_the_start(tmp_path):
