@@ -78,8 +78,8 @@ def paper_tables(matching):
         cells = [cell for cell in paper.CELLS if cell.table == title]
         if any(cell.run for cell in cells):
             yield Table(
-                title, f'{unit}. Ours: median of the last 5 epochs over {ImageNet.num_validation:,} images; n runs, of '
-                'several the mean ± the standard deviation.',
+                title, f'{unit}. Ours: median of the last 5 epochs over {ImageNet.num_validation:,} images; n seeds, '
+                'of several the mean ± the standard deviation.',
                 ['', 'paper', 'ours, median of last 5', 'difference', 'epochs', 'seed', 'n', 'gin file'],
                 [[f'{cell.row}, {cell.column}', _published(cell), *_ours(cell, matching), cell.run] for cell in cells])
         else:
@@ -100,7 +100,7 @@ def _ours(cell, matching):
         return ['not run', '–', '–', '–', '0']
     group = Group(matching[cell.run])
     return [_mean(group.errors), f'{statistics.mean(group.errors) - cell.value:+.2f}', str(group.first.done),
-            group.seeds, str(len(group.runs))]
+            group.seeds, str(len(group.errors))]
 
 
 def _mean(errors):
@@ -148,7 +148,7 @@ def _run_row(run):
 def seeds_table(title, groups):
     """The Table of the finished runs on one data set, those that differ only in the seed in one row."""
     return Table(title, 'Finished runs; a row for those that differ only in the seed. Top-1 validation error [%], '
-                        'median of the last 5 epochs: over the n runs.',
+                        'median of the last 5 epochs: over the n seeds; of a seed that ran several times the mean.',
                  ['experiment', 'seed', 'n', 'mean', 'standard deviation', 'lowest', 'highest'],
                  [[group.label, group.seeds, str(len(errors)), f'{statistics.mean(errors):.2f}',
                    f'{statistics.stdev(errors):.2f}' if len(errors) > 1 else '–', f'{min(errors):.2f}',
@@ -160,12 +160,13 @@ def statistics_table(title, groups):
     """The Table of evaluation.json on one data set: errors by what BN normalises with."""
     rows = []
     for group in groups:
-        errors = [[figure['top1_error'] for run in group.runs for figure in run.figures if figure['statistics'] == name]
-                  for name in STATISTICS]
+        errors = [group.per_seed(lambda run, name=name: next(
+            (figure['top1_error'] for figure in run.figures if figure['statistics'] == name), None))
+            for name in STATISTICS]
         if any(errors):
             rows.append([group.label, *(f'{_mean(found)} (n = {len(found)})' if found else '–' for found in errors)])
     return Table(title, 'Top-1 validation error [%] of the evaluated weights, by the statistics that BN normalises '
-                        'with: mean ± standard deviation of n runs. "None": the norm has no such statistics (GN, LN, '
+                        'with: mean ± standard deviation of n seeds. "None": the norm has no such statistics (GN, LN, '
                         'IN).',
                  ['experiment', *_STATISTICS.values()], rows)
 

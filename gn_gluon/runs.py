@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import tokenize
 
 from gn_gluon import config, experiment
@@ -176,12 +177,20 @@ class Group:
 
     @property
     def seeds(self):
-        return ', '.join(str(run.seed) for run in self.runs)
+        return ', '.join(dict.fromkeys(str(run.seed) for run in self.runs))
 
     @property
     def errors(self):
-        """The headline errors of its runs, percent."""
-        return [run.headline['top1_error'] for run in self.runs if run.headline]
+        """The headline errors, percent, one for each seed."""
+        return self.per_seed(lambda run: run.headline and run.headline['top1_error'])
+
+    def per_seed(self, value):
+        """What `value` gives for the runs of each seed, None left out: their mean, for a seed that ran twice is one."""
+        found = collections.defaultdict(list)
+        for run in self.runs:
+            if value(run) is not None:
+                found[run.seed].append(value(run))
+        return [statistics.mean(values) for values in found.values()]
 
 
 def _without_seed(run):

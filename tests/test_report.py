@@ -103,6 +103,17 @@ def median5(errors):
     return sorted(errors[-5:])[2]
 
 
+def test_a_seed_that_ran_twice_counts_once(tmp_path):
+    runs = tmp_path / 'runs'
+    errors = [median5(make_run(runs / name, 'digits_gn_bs2.gin', seed=seed)) for name, seed in
+              (('alone', 0), ('again', 0), ('other', 1))]
+    page = make_page(runs)
+    row = page.tables['Digits: 1,437 training and 360 validation images of 1 x 8 x 8']['ConvNet, GN, 16 x 2']
+    means = [np.mean(errors[:2]), errors[2]]
+    assert (row['seed'], row['n'], row['mean']) == ('0, 1', '2', f'{np.mean(means):.2f}')
+    assert row['standard deviation'] == f'{np.std(means, ddof=1):.2f}'
+
+
 def test_the_figures_of_runs_are_those_of_their_metrics(tmp_path):
     runs = tmp_path / 'runs'
     errors = {f'sweep/gn,seed={seed}': make_run(runs / 'sweep' / f'gn,seed={seed}', 'digits_gn_bs2.gin', seed=seed)
